@@ -1,0 +1,2652 @@
+#!/usr/bin/env python3
+"""py-ndjson-proxy: transforma uma resposta feita em partes em um streaming NDJSON.
+
+De um lado, um cliente HTTP que lê NDJSON (um chat, o curl, um front-end de LLM).
+Do outro, uma aplicação que não sabe fazer streaming, mas produz a resposta em
+partes (um fluxo do n8n, um script). Entre os dois, o Redis:
+
+    cliente --HTTP--> proxy --SET, PUBLISH--> Redis --tarefa--> worker
+    cliente <--NDJSON-- proxy <----LPOP------ Redis <--RPUSH--- worker
+
+Contrato com o worker
+    1. Recebe task_key pelo canal REDIS_CHANNEL e lê com GET o JSON da tarefa.
+    2. Empurra cada parte com RPUSH na lista cujo nome está em "task_list".
+    3. Ao terminar, apaga task_key com DEL. O que foi empurrado antes do DEL é
+       entregue; o proxy apaga o resto.
+    Se task_key sumir antes, o cliente foi embora ou o tempo acabou: pode parar.
+    Também é aceita a leitura literal da especificação: o worker troca, em uma
+    transação (MULTI, DEL, RPUSH, EXEC), a string de task_key por uma lista de
+    mesmo nome; o streaming acaba quando essa lista se esvazia.
+
+Contrato com o cliente
+    /ping responde 200 "pong" ou 500. Qualquer outro caminho é o streaming: um
+    elemento da lista é uma linha, na ordem em que foi empurrado. Erros antes do
+    streaming têm um status HTTP e corpo JSON; depois dele, são a última linha.
+
+Linhas
+    CR e LF viram espaço; U+0085, U+2028 e U+2029 viram escapes \\u; UTF-8
+    inválido vira U+FFFD; elemento vazio é pulado. Nada mais é tocado. As palavras
+    nuas EOF, EOL, END-OF-FILE e END-OF-LIST encerram o streaming.
+
+Consulta
+    Uma só thread (o coletor) pergunta ao Redis por todos os streams, em uma só
+    conexão. INTERVAL é a espera máxima: com REDIS_WAKE=on o próprio Redis avisa
+    qual chave mudou e a linha sai na hora.
+"""
+
+import argparse
+import base64
+import collections
+import difflib
+import heapq
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import typing
+import urllib.parse
+import uuid
+
+import dotenv
+import dotenv.parser
+import flask
+import redis
+import redis.backoff
+import redis.retry
+import waitress
+import waitress.channel
+import waitress.task
+import werkzeug.exceptions
+import werkzeug.serving
+
+version = "1.0.0"
+author = "Patrick Brandao <patrickbrandao@gmail.com>"
+program = "py-ndjson-proxy"
+
+
+# =============================================================================
+# Configurações: uma tabela e as variáveis globais que ela preenche
+# =============================================================================
+# Cada configuração é uma linha da tabela `settings`. Dela saem os argumentos, a
+# ajuda, o --check e os testes que prendem o arquivo de /etc, o manual e o README.
+
+
+class configuration_error(Exception):
+    """Erro de configuração: uma frase pronta para o operador (status de saída 2)."""
+
+
+class kind(typing.NamedTuple):
+    """Tipo de uma configuração: como ler o texto e o que é permitido."""
+
+    parse: typing.Callable[[str], typing.Any]
+    allowed: str
+
+
+class setting(typing.NamedTuple):
+    """Uma linha da tabela de configurações."""
+
+    name: str
+    flags: tuple
+    kind: kind
+    default: str
+    group: str
+    unit: str
+    help: str
+    secret: bool = False
+
+    @property
+    def allowed(self):
+        """Descreve os valores permitidos.
+
+        Retorna:
+            str: trecho de frase em português, usado nos erros e na ajuda.
+        """
+        return self.kind.allowed
+
+
+def integer(low, high):
+    """Cria o tipo "número inteiro" com limites.
+
+    Argumentos:
+        low (int): menor valor permitido.
+        high (int): maior valor permitido.
+    Retorna:
+        kind: tipo cujo parse devolve int e levanta ValueError fora dos limites.
+    """
+
+    def parse(text):
+        """Lê o número.
+
+        Argumentos:
+            text (str): só dígitos ASCII, com sinal de menos opcional.
+        Retorna:
+            int: entre low e high.
+        Levanta:
+            ValueError: se não for um inteiro ou estiver fora dos limites.
+        """
+        # int() sozinho aceitaria "1_000" e algarismos de outras escritas.
+        if not re.fullmatch(r"-?[0-9]{1,18}", text.strip()):
+            raise ValueError(text)
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return kind(parse, f"um número inteiro de {low} a {high}")
+
+
+def choice(*names):
+    """Cria o tipo "uma das palavras".
+
+    Argumentos:
+        names (str): palavras permitidas, em minúsculas.
+    Retorna:
+        kind: tipo cujo parse devolve a palavra em minúsculas.
+    """
+
+    def parse(text):
+        """Confere a palavra.
+
+        Argumentos:
+            text (str): palavra dada pelo operador, sem diferenciar maiúsculas.
+        Retorna:
+            str: a palavra em minúsculas.
+        Levanta:
+            ValueError: se não for uma das permitidas.
+        """
+        value = text.strip().lower()
+        if value not in names:
+            raise ValueError(text)
+        return value
+
+    return kind(parse, " ou ".join(names))
+
+
+def pattern(expression, allowed):
+    """Cria o tipo "texto que casa inteiro com uma expressão regular".
+
+    Argumentos:
+        expression (str): expressão regular aplicada ao texto todo.
+        allowed (str): descrição do que é permitido, em português.
+    Retorna:
+        kind: tipo cujo parse devolve o próprio texto.
+    """
+
+    def parse(text):
+        """Confere o texto.
+
+        Argumentos:
+            text (str): texto dado pelo operador.
+        Retorna:
+            str: o mesmo texto, intacto.
+        Levanta:
+            ValueError: se não casar com a expressão.
+        """
+        if not re.fullmatch(expression, text, re.DOTALL):
+            raise ValueError(text)
+        return text
+
+    return kind(parse, allowed)
+
+
+def parse_switch(text):
+    """Lê uma chave liga/desliga.
+
+    Argumentos:
+        text (str): on ou off (também 1/0, true/false, yes/no, sim/não).
+    Retorna:
+        bool: verdadeiro se ligada.
+    Levanta:
+        ValueError: se a palavra não for conhecida.
+    """
+    words = {"on": True, "1": True, "true": True, "yes": True, "sim": True}
+    words |= {"off": False, "0": False, "false": False, "no": False, "não": False}
+    try:
+        return words[text.strip().lower()]
+    except KeyError:
+        raise ValueError(text) from None
+
+
+def parse_json_line(text):
+    """Lê uma mensagem que será enviada como uma única linha.
+
+    Argumentos:
+        text (str): conteúdo, que pode ter quebras de linha.
+    Retorna:
+        bytes: a linha já normalizada, sem o LF final.
+    Levanta:
+        ValueError: se o texto for vazio.
+    """
+    if not text.strip():
+        raise ValueError(text)
+    return normalize_line(text.strip().encode("utf-8", "replace"))
+
+
+def parse_origins(text):
+    """Lê a lista de origens de CORS.
+
+    Argumentos:
+        text (str): vazio, "*" ou origens separadas por vírgula ou espaço.
+    Retorna:
+        frozenset: as origens como o navegador as envia (minúsculas, sem barra).
+    Levanta:
+        ValueError: se alguma não tiver a forma esquema://host[:porta].
+    """
+    origins = [origin.rstrip("/").lower() for origin in re.split(r"[,\s]+", text) if origin]
+    for origin in origins:
+        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise ValueError(text)
+    return frozenset(origins)
+
+
+class redis_address(typing.NamedTuple):
+    """Endereço do Redis: a URL para o redis-py e a forma que pode ser mostrada."""
+
+    url: str
+    shown: str
+
+
+def parse_redis_address(text):
+    """Lê REDIS_SERVER: ip[:porta][/database] ou uma URL do redis-py.
+
+    Argumentos:
+        text (str): endereço; sem porta vale 6379 e sem database vale 0.
+    Retorna:
+        redis_address: a URL completa e o texto sem usuário nem senha.
+    Levanta:
+        ValueError: se não tiver uma das formas permitidas.
+    """
+    text = text.strip()
+    if "://" not in text:
+        parts = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(?::([0-9]+))?(?:/([0-9]+))?", text)
+        if not parts:
+            raise ValueError(text)
+        host, port, database = parts.group(1), int(parts.group(2) or 6379), int(parts.group(3) or 0)
+        if not 1 <= port <= 65535:
+            raise ValueError(text)
+        shown = f"{host}:{port}/{database}"
+        return redis_address(f"redis://{shown}", shown)
+    url = urllib.parse.urlsplit(text)
+    if url.scheme not in ("redis", "rediss", "unix") or not (url.hostname or url.scheme == "unix"):
+        raise ValueError(text)
+    if url.port == 0 or (url.scheme != "unix" and not re.fullmatch(r"/?[0-9]*", url.path)):
+        raise ValueError(text)
+    # A conexão só é construída aqui para que o redis-py confira as opções da URL.
+    try:
+        redis.ConnectionPool.from_url(text).make_connection()
+    except Exception as error:
+        raise ValueError(text) from error
+    shown = urllib.parse.urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
+    return redis_address(text, shown)
+
+
+text_kind = kind(str, "qualquer texto")
+name_kind = pattern(r"[^\s\x00-\x1f\x7f]+", "um texto sem espaços, de um caractere ou mais")
+header_kind = pattern(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", "um texto ASCII imprimível, de uma só linha")
+line_kind = kind(parse_json_line, "um texto que não seja vazio")
+switch_kind = kind(parse_switch, "on ou off")
+origins_kind = kind(parse_origins, "vazio, * ou uma lista de origens como https://exemplo.com.br")
+redis_kind = kind(
+    parse_redis_address,
+    "ip:porta/database (127.0.0.1:6379/1) ou uma URL redis://, rediss:// ou unix://",
+)
+day = 24 * 60 * 60 * 1000
+
+settings = [
+    setting("HTTP_PORT", ("-p", "--port"), integer(0, 65535), "8771", "HTTP", "",
+            "porta HTTP; 0 escolhe uma porta livre, informada no log"),
+    setting("HTTP_HOST", ("--host",), name_kind, "0.0.0.0", "HTTP", "",
+            "endereço em que o servidor escuta; :: atende IPv6 e IPv4"),
+    setting("HTTP_SERVER", ("--server",), choice("flask", "waitress"), "flask", "HTTP", "",
+            "servidor HTTP que hospeda a aplicação"),
+    setting("SERVERNAME", ("-s", "--servername"), header_kind, program, "HTTP", "",
+            "nome do servidor, enviado no cabeçalho Server"),
+    setting("CORS_ORIGIN", ("--cors-origin",), origins_kind, "", "HTTP", "",
+            "origens de navegador autorizadas por CORS; vazio desliga"),
+    setting("REDIS_SERVER", ("-R", "--redis"), redis_kind, "127.0.0.1:6379/1", "Redis", "",
+            "endereço do Redis"),
+    setting("REDIS_PASSWORD", ("-S", "--secret"), text_kind, "", "Redis", "",
+            "senha do Redis; vazio não autentica", True),
+    setting("REDIS_CHANNEL", ("-C", "--channel"), name_kind, "ndjson_jobs", "Redis", "",
+            "canal em que as tarefas são publicadas"),
+    setting("REDIS_PREFIX", ("-X", "--prefix"), name_kind, "ndjson_task_", "Redis", "",
+            "prefixo da chave da tarefa"),
+    setting("REDIS_LIST_PREFIX", ("-L", "--list-prefix"), name_kind, "ndjson_list_", "Redis", "",
+            "prefixo da lista em que o worker empurra as linhas"),
+    setting("REDIS_TTL", ("--ttl",), integer(3, 31536000), "600", "Redis", "s",
+            "validade das chaves da tarefa, renovada enquanto o streaming vive"),
+    setting("REDIS_WAKE", ("--wake",), switch_kind, "on", "Redis", "",
+            "o Redis avisa qual chave mudou, e a linha sai antes de INTERVAL"),
+    setting("INTERVAL", ("-i", "--interval"), integer(1, day), "200", "Tempos", "ms",
+            "espera máxima entre duas consultas à lista vazia"),
+    setting("PAUSE", ("-P", "--pause"), integer(0, day), "20", "Tempos", "ms",
+            "pausa depois de enviar uma linha; 0 envia em lotes"),
+    setting("MAXTIME", ("-t", "--maxtime"), integer(1, day), "45000", "Tempos", "ms",
+            "tempo máximo sem linha nova, contado da última linha ou da requisição"),
+    setting("MAXTIME_ERROR", ("-E", "--maxtime-error"), line_kind, '{"error": "timeout"}', "Tempos", "",
+            "linha enviada quando MAXTIME se esgota"),
+    setting("HEARTBEAT", ("--heartbeat",), integer(0, day), "0", "Tempos", "ms",
+            "silêncio após o qual HEARTBEAT_LINE é enviada; 0 desliga"),
+    setting("HEARTBEAT_LINE", ("--heartbeat-line",), line_kind, '{"type": "ping"}', "Tempos", "",
+            "linha que mantém viva uma conexão silenciosa; não conta para MAXTIME"),
+    setting("DRAIN", ("--drain",), integer(0, day), "5000", "Tempos", "ms",
+            "tempo que os streams têm para acabar quando o serviço para"),
+    setting("MAX_STREAMS", ("--max-streams",), integer(1, 100000), "4096", "Limites", "",
+            "streams simultâneos; um a mais recebe 503"),
+    setting("MAX_BODY", ("--max-body",), integer(0, 536870912), "16777216", "Limites", "bytes",
+            "tamanho máximo do corpo da requisição; maior recebe 413"),
+    setting("LOG_LEVEL", ("--log-level",), choice("debug", "info", "warning", "error"), "info", "Log", "",
+            "nível mínimo das mensagens de log"),
+    setting("ENV_FILE", ("-f", "--env-file"), pattern(r"[^\x00]+", "o caminho de um arquivo"),
+            "/etc/py-ndjson-proxy.env", "Log", "",
+            "arquivo com as configurações que ficam abaixo do ambiente e dos argumentos"),
+]
+
+# Uma anotação por linha da tabela; load_settings lhes dá o valor.
+HTTP_PORT: int
+HTTP_HOST: str
+HTTP_SERVER: str
+SERVERNAME: str
+CORS_ORIGIN: frozenset
+REDIS_SERVER: redis_address
+REDIS_PASSWORD: str
+REDIS_CHANNEL: str
+REDIS_PREFIX: str
+REDIS_LIST_PREFIX: str
+REDIS_TTL: int
+REDIS_WAKE: bool
+INTERVAL: int
+PAUSE: int
+MAXTIME: int
+MAXTIME_ERROR: bytes
+HEARTBEAT: int
+HEARTBEAT_LINE: bytes
+DRAIN: int
+MAX_STREAMS: int
+MAX_BODY: int
+LOG_LEVEL: str
+ENV_FILE: str
+
+
+class layered(typing.NamedTuple):
+    """O texto efetivo de uma configuração e a camada de onde ele veio."""
+
+    text: str
+    layer: str
+
+
+class help_formatter(argparse.HelpFormatter):
+    """Ajuda do argparse com os títulos em português."""
+
+    def add_usage(self, usage, actions, groups, prefix="uso: "):
+        """Escreve a linha de uso.
+
+        Argumentos:
+            usage (str): texto de uso.
+            actions (list): ações do argparse.
+            groups (list): grupos do argparse.
+            prefix (str): título da linha.
+        """
+        super().add_usage(usage, actions, groups, prefix)
+
+
+def build_parser():
+    """Monta o leitor de argumentos a partir da tabela.
+
+    Retorna:
+        argparse.ArgumentParser: cada configuração vira um atributo com o texto
+        dado, ausente se o argumento não foi usado; mais check, version e help.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program, usage=f"{program} [opções]", add_help=False, allow_abbrev=False,
+        exit_on_error=False, argument_default=argparse.SUPPRESS, formatter_class=help_formatter,
+        description="Middleware HTTP que entrega como NDJSON as partes que um worker empurra no Redis.",
+        epilog="Ordem de força: padrão < arquivo ENV_FILE < variável de ambiente < argumento.",
+    )
+    groups = {}
+    for row in settings:
+        group = groups.get(row.group) or parser.add_argument_group(row.group)
+        groups[row.group] = group
+        unit = f", em {row.unit}" if row.unit else ""
+        detail = f"{row.help}{unit} ({row.name}, padrão: {row.default or 'vazio'})".replace("%", "%%")
+        group.add_argument(*row.flags, dest=row.name, metavar="VALOR", help=detail)
+    group = parser.add_argument_group("Ações")
+    group.add_argument("--check", action="store_true", help="mostra as configurações, testa o Redis e sai")
+    group.add_argument("--version", action="store_true", help="mostra a versão e sai")
+    group.add_argument("-h", "--help", action="store_true", help="mostra esta ajuda e sai")
+    return parser
+
+
+def read_arguments(argv):
+    """Lê os argumentos da linha de comando, ainda como texto.
+
+    Argumentos:
+        argv (list[str]): argumentos, sem o nome do programa.
+    Retorna:
+        dict: nome da configuração -> texto; e check, version, help -> True.
+    Levanta:
+        configuration_error: argumento desconhecido ou sem valor.
+    """
+    parser = build_parser()
+    try:
+        known, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        flag = error.argument_name or "argumento"
+        raise configuration_error(
+            f"{flag}: falta o valor do argumento, ou ele não leva valor (um valor que começa com - se escreve --opção=-valor)"
+        ) from None
+    if unknown:
+        flags = [flag for row in settings for flag in row.flags] + ["--check", "--version", "--help"]
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, flags, 1)
+        hint = f"; o mais parecido é {near[0]}" if near else ""
+        raise configuration_error(f"argumento desconhecido: {name}{hint} (veja --help)")
+    return vars(known)
+
+
+def read_env_file(path, required):
+    """Lê o arquivo de configuração com o python-dotenv.
+
+    Argumentos:
+        path (str): caminho do arquivo, em UTF-8.
+        required (bool): falso se o arquivo pode não existir.
+    Retorna:
+        dict: nome -> texto, sem expandir ${...}: uma senha pode contê-lo.
+    Levanta:
+        configuration_error: arquivo ilegível, fora de UTF-8 ou com linha inválida.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise configuration_error(f"ENV_FILE: o arquivo {path} não existe") from None
+    except UnicodeDecodeError as error:
+        raise configuration_error(f"ENV_FILE: o arquivo {path} não está em UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise configuration_error(f"ENV_FILE: o arquivo {path} não pode ser lido: {error.strerror}") from None
+    for binding in dotenv.parser.parse_stream(io.StringIO(text)):
+        if binding.error or (binding.key is not None and binding.value is None):
+            raise configuration_error(
+                f"ENV_FILE: a linha {binding.original.line} do arquivo {path} não tem a forma NOME=valor"
+            )
+    return dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
+
+
+def unknown_names(values, path):
+    """Procura nomes do arquivo que não são configurações.
+
+    Argumentos:
+        values (dict): conteúdo do arquivo.
+        path (str): caminho do arquivo, para a mensagem.
+    Retorna:
+        list[str]: um aviso por nome desconhecido, com a configuração mais parecida.
+    """
+    names = [row.name for row in settings]
+    warnings = []
+    for name in values:
+        if name in names:
+            continue
+        near = difflib.get_close_matches(name.upper(), names, 1, 0.5)
+        hint = f"; a mais parecida é {near[0]}" if near else ""
+        warnings.append(f"{name}, no arquivo {path}, não é uma configuração conhecida e foi ignorada{hint}")
+    return warnings
+
+
+def parse_setting(row, given):
+    """Converte o texto de uma configuração.
+
+    Argumentos:
+        row (setting): linha da tabela.
+        given (layered): texto e camada.
+    Retorna:
+        object: o valor, do tipo da configuração.
+    Levanta:
+        configuration_error: frase com nome, valor, camada e o que é permitido.
+    """
+    try:
+        return row.kind.parse(given.text)
+    except ValueError:
+        shown = "o valor dado" if row.secret or "@" in given.text else f"o valor {given.text!r}"
+        raise configuration_error(
+            f"{row.name}: {shown} ({given.layer}) não é válido; é permitido {row.allowed}"
+        ) from None
+
+
+def load_settings(argv, environ):
+    """Resolve todas as configurações e preenche as variáveis globais.
+
+    Argumentos:
+        argv (list[str]): argumentos, sem o nome do programa.
+        environ (dict): variáveis de ambiente.
+    Retorna:
+        tuple: (ações pedidas, um dict; texto e camada de cada configuração, um
+        dict de layered; avisos, uma lista de frases).
+    Levanta:
+        configuration_error: no primeiro valor inválido.
+    """
+    arguments = read_arguments(argv)
+    given = {row.name: layered(row.default, "padrão") for row in settings}
+    actions = {name: arguments.pop(name) for name in ("check", "version", "help") if name in arguments}
+    if "version" in actions or "help" in actions:
+        return actions, given, []
+    upper = {row.name: layered(environ[row.name], "ambiente") for row in settings if row.name in environ}
+    for row in settings:
+        if row.name in arguments:
+            upper[row.name] = layered(arguments[row.name], f"argumento {row.flags[-1]}")
+    path = parse_setting(settings[-1], upper.get("ENV_FILE", given["ENV_FILE"]))
+    values = read_env_file(path, required="ENV_FILE" in upper)
+    warnings = unknown_names(values, path)
+    if values.pop("ENV_FILE", path) != path:
+        warnings.append(f"ENV_FILE, dentro do arquivo {path}, não tem efeito")
+    given |= {row.name: layered(values[row.name], f"arquivo {path}") for row in settings if row.name in values}
+    given |= upper
+    for row in settings:
+        globals()[row.name] = parse_setting(row, given[row.name])
+    check_combinations(given)
+    return actions, given, warnings
+
+
+def check_combinations(given):
+    """Confere as regras que envolvem duas configurações.
+
+    Argumentos:
+        given (dict): texto e camada de cada configuração.
+    Levanta:
+        configuration_error: se duas configurações não podem andar juntas.
+    """
+    if REDIS_PREFIX == REDIS_LIST_PREFIX:
+        raise configuration_error(
+            f"REDIS_LIST_PREFIX: o valor {REDIS_LIST_PREFIX!r} ({given['REDIS_LIST_PREFIX'].layer}) "
+            "deve ser diferente de REDIS_PREFIX, pois uma chave do Redis só tem um tipo"
+        )
+    if PAUSE >= MAXTIME:
+        raise configuration_error(
+            f"PAUSE: o valor {PAUSE} ({given['PAUSE'].layer}) deve ser menor que MAXTIME, "
+            f"que é {MAXTIME} ({given['MAXTIME'].layer}): toda linha terminaria em MAXTIME_ERROR"
+        )
+
+
+# =============================================================================
+# Log e notificação do systemd
+# =============================================================================
+
+log = logging.getLogger(program)
+
+
+class log_formatter(logging.Formatter):
+    """Formata uma linha de log: <N> para o journald, palavra do nível fora dele."""
+
+    priorities: typing.ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+    words: typing.ClassVar = {"WARNING": "aviso: ", "ERROR": "erro: ", "CRITICAL": "erro: "}
+
+    def __init__(self, journal):
+        """Guarda o destino.
+
+        Argumentos:
+            journal (bool): verdadeiro se a saída de erros é o journald.
+        """
+        super().__init__()
+        self.journal = journal
+
+    def format(self, record):
+        """Monta a linha.
+
+        Argumentos:
+            record (logging.LogRecord): registro.
+        Retorna:
+            str: uma só linha, sem caracteres de controle: um texto vindo de fora
+            não pode forjar outra linha de log.
+        """
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in record.getMessage())
+        if self.journal:
+            return f"<{self.priorities.get(record.levelname, 6)}>{text}"
+        return self.words.get(record.levelname, "") + text
+
+
+def stderr_is_journal():
+    """Descobre se a saída de erros vai para o journald.
+
+    Retorna:
+        bool: verdadeiro se JOURNAL_STREAM nomeia o mesmo dispositivo e inode.
+    """
+    try:
+        status = os.fstat(sys.stderr.fileno())
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def configure_logging(level):
+    """Prepara o log do programa e cala o dos servidores HTTP.
+
+    Argumentos:
+        level (str): debug, info, warning ou error.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(log_formatter(stderr_is_journal()))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    log.setLevel(level.upper())
+    # Os dois escrevem uma linha por requisição ou por fila; o que interessa ao
+    # operador já sai nas nossas.
+    for name in ("werkzeug", "waitress", "waitress.queue"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def notify_systemd(state):
+    """Informa o estado ao systemd (protocolo sd_notify).
+
+    Argumentos:
+        state (str): linhas NOME=valor, como READY=1.
+    """
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), address)
+    except OSError as error:
+        log.debug("o systemd não recebeu a notificação: %s", error)
+
+
+# =============================================================================
+# Redis
+# =============================================================================
+
+# Sem resposta por este tempo, em segundos, o Redis é dado como fora do ar.
+redis_timeout = 2.0
+# Canal em que o Redis publica as chaves que mudaram (CLIENT TRACKING, RESP2).
+wake_channel = "__redis__:invalidate"
+
+# Tirar uma linha precisa ser repetível: se a conexão cai depois do LPOP e antes
+# da resposta, a linha não está mais na lista nem chegou aqui. Por isso o que sai
+# da lista fica guardado, com o número do pedido, até o pedido seguinte; o pedido
+# repetido recebe o guardado. EXISTS e LPOP são um só passo: o fim só é declarado
+# quando a chave sumiu E a lista estava vazia no mesmo instante.
+take_script = """
+local kind = redis.call('TYPE', KEYS[1]).ok
+if ARGV[5] == '1' then
+  local kept = redis.call('GET', KEYS[3])
+  if kept then
+    local past = cmsgpack.unpack(kept)
+    if past[1] == ARGV[1] then return {kind, past[2]} end
+  end
+end
+local lines, size = {}, 0
+local function fill(source)
+  while #lines < tonumber(ARGV[2]) and size < tonumber(ARGV[3]) do
+    local line = redis.call('LPOP', source)
+    if not line then break end
+    size = size + #line
+    lines[#lines + 1] = line
+  end
+end
+fill(KEYS[2])
+if #lines == 0 and kind == 'list' then fill(KEYS[1]) end
+if #lines > 0 then
+  redis.call('SET', KEYS[3], cmsgpack.pack({ARGV[1], lines}), 'EX', ARGV[4])
+end
+return {kind, lines}
+"""
+
+# Diz quais streams à espera têm o que buscar: linha na lista, tarefa apagada ou
+# tarefa trocada por uma lista. KEYS são pares (tarefa, lista); devolve posições.
+search_script = """
+local found = {}
+for i = 1, #KEYS, 2 do
+  if redis.call('TYPE', KEYS[i]).ok ~= 'string' or redis.call('EXISTS', KEYS[i + 1]) == 1 then
+    found[#found + 1] = (i - 1) / 2
+  end
+end
+return found
+"""
+
+
+def redis_pool():
+    """Cria a fábrica de conexões do redis-py para REDIS_SERVER.
+
+    Retorna:
+        redis.ConnectionPool: só constrói conexões; não abre nenhuma.
+    """
+    options = {
+        "socket_timeout": redis_timeout,
+        # A repetição silenciosa do redis-py rodaria de novo um comando que já
+        # rodou; quem decide o que pode ser repetido é o coletor.
+        "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+    }
+    if not REDIS_SERVER.url.startswith("unix:"):
+        options |= {"socket_connect_timeout": redis_timeout, "socket_keepalive": True}
+    # RESP2: os avisos chegam como pub/sub em outra conexão, igual em todas as
+    # versões do redis-py (a 4 não conhece o argumento; a 8 usaria RESP3).
+    if int(redis.__version__.partition(".")[0]) >= 5:
+        options["protocol"] = 2
+    pool = redis.ConnectionPool.from_url(REDIS_SERVER.url, **options)
+    pool.connection_kwargs["decode_responses"] = False
+    if REDIS_PASSWORD:
+        pool.connection_kwargs["password"] = REDIS_PASSWORD
+    return pool
+
+
+class redis_link:
+    """Uma conexão com o Redis, usada por uma só thread, que pode ser reaberta."""
+
+    def __init__(self, pool, name):
+        """Constrói a conexão sem abri-la.
+
+        Argumentos:
+            pool (redis.ConnectionPool): fábrica da conexão.
+            name (str): nome mostrado por CLIENT LIST.
+        """
+        self.connection = pool.make_connection()
+        self.name = name
+        self.is_open = False
+
+    def open(self):
+        """Abre (ou reabre) a conexão, autentica e escolhe o database.
+
+        Levanta:
+            redis.RedisError: se o Redis não aceitar.
+        """
+        self.close()
+        try:
+            self.connection.connect()
+            self.is_open = True
+            # O nome só serve ao operador; uma ACL pode negá-lo.
+            self.call([("CLIENT", "SETNAME", self.name)])
+        except OSError as error:
+            self.close()
+            raise redis.ConnectionError(str(error)) from error
+        except redis.RedisError:
+            self.close()
+            raise
+
+    def close(self):
+        """Fecha a conexão, se estiver aberta."""
+        self.is_open = False
+        self.connection.disconnect()
+
+    def call(self, commands):
+        """Envia comandos em uma só ida e volta.
+
+        Argumentos:
+            commands (list[tuple]): comandos com seus argumentos.
+        Retorna:
+            list: uma resposta por comando; um erro do Redis vem como a exceção
+            redis.ResponseError, no lugar da resposta.
+        Levanta:
+            redis.ConnectionError, redis.TimeoutError: se a conexão falhar; não se
+            sabe então quais comandos rodaram.
+        """
+        self.connection.send_packed_command(self.connection.pack_commands(commands), check_health=False)
+        return [self.read() for _ in commands]
+
+    def read(self):
+        """Lê uma resposta.
+
+        Retorna:
+            object: int, bytes, list, None ou redis.ResponseError.
+        Levanta:
+            redis.ConnectionError, redis.TimeoutError: se a conexão falhar.
+        """
+        try:
+            return self.connection.read_response()
+        except redis.ResponseError as error:
+            return error
+
+    def pending(self):
+        """Diz se há resposta a ler sem esperar.
+
+        Retorna:
+            bool: verdadeiro se há dados no buffer ou no socket.
+        Levanta:
+            redis.ConnectionError: se o Redis fechou a conexão.
+        """
+        return bool(self.connection.can_read(timeout=0))
+
+    def fileno(self):
+        """Descritor do socket, para o epoll.
+
+        Retorna:
+            int: descritor aberto.
+        """
+        # O redis-py não o publica; o nome é o mesmo em todas as versões.
+        return self.connection._sock.fileno()
+
+
+def redis_ping():
+    """Testa o Redis com o comando PING, através do coletor.
+
+    Retorna:
+        bool: verdadeiro se o Redis respondeu PONG a tempo.
+    """
+    answers = queue.SimpleQueue()
+    hub.ping(answers)
+    try:
+        return answers.get(timeout=answer_timeout) is True
+    except queue.Empty:
+        return False
+
+
+# =============================================================================
+# Tarefas e linhas
+# =============================================================================
+
+end_words = frozenset((b"EOF", b"EOL", b"END-OF-FILE", b"END-OF-LIST"))
+line_breaks = bytes.maketrans(b"\r\n", b"  ")
+
+
+def normalize_line(element):
+    """Faz de um elemento da lista exatamente uma linha.
+
+    Argumentos:
+        element (bytes): elemento como o worker o empurrou.
+    Retorna:
+        bytes: UTF-8 válido, sem CR, LF, U+0085, U+2028 nem U+2029; sem o LF final.
+    """
+    if b"\n" in element or b"\r" in element:
+        element = element.translate(line_breaks)
+    if element.isascii():
+        return element
+    text = element.decode("utf-8", "replace")
+    # Leitores que usam splitlines() quebrariam a linha nestes três.
+    text = text.replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return text.encode("utf-8")
+
+
+def join_lines(elements):
+    """Transforma elementos da lista no trecho de bytes que vai ao cliente.
+
+    Argumentos:
+        elements (list[bytes]): elementos, na ordem em que foram empurrados.
+    Retorna:
+        tuple: (bytes com as linhas terminadas em LF; int com o número de linhas;
+        bool verdadeiro se uma palavra de fim foi encontrada).
+    """
+    lines = []
+    for element in elements:
+        if len(element) < 16 and element.strip() in end_words:
+            return b"".join(lines), len(lines), True
+        if element:
+            lines.append(normalize_line(element) + b"\n")
+    return b"".join(lines), len(lines), False
+
+
+def request_target(environ):
+    """Separa caminho e consulta como o cliente os enviou, sem decodificar.
+
+    Argumentos:
+        environ (dict): ambiente WSGI; "ndjson.target" ou REQUEST_URI traz o alvo
+            da linha de requisição em latin-1.
+    Retorna:
+        tuple: (caminho, consulta sem o "?"), dois str.
+    """
+    target = environ.get("ndjson.target") or environ["REQUEST_URI"]
+    if not target.startswith("/") and "://" in target:
+        # Forma absoluta (RFC 9112, 3.2.2), enviada por quem fala com um proxy.
+        target = "/" + target.partition("://")[2].partition("/")[2]
+    try:
+        target = target.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        target = urllib.parse.quote(target, safe="%/?#[]@!$&'()*+,;=:~", encoding="latin-1", errors="replace")
+    path, _, query = target.partition("#")[0].partition("?")
+    return path, query
+
+
+def decode_header(value):
+    """Recupera um cabeçalho que o WSGI entrega em latin-1.
+
+    Argumentos:
+        value (str): valor em latin-1.
+    Retorna:
+        str: o texto em UTF-8, ou o próprio valor se não for UTF-8.
+    """
+    try:
+        return value.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return value
+
+
+def build_task(name, request, body):
+    """Compõe o JSON da tarefa.
+
+    Argumentos:
+        name (str): task_name, um UUIDv4.
+        request (flask.Request): requisição.
+        body (bytes): corpo como veio.
+    Retorna:
+        bytes: objeto JSON em UTF-8 com task_name, request_time (segundos desde a
+        época, float), headers, body, task_key, task_list, method, path, query e
+        remote_addr; body_encoding é "base64" se o corpo não for UTF-8.
+    """
+    path, query = request_target(request.environ)
+    task = {
+        "task_name": name,
+        "request_time": time.time(),
+        "headers": {key: decode_header(value) for key, value in request.headers.items()},
+        "body": "",
+        "task_key": REDIS_PREFIX + name,
+        "task_list": REDIS_LIST_PREFIX + name,
+        "method": request.method,
+        "path": path,
+        "query": query,
+        "remote_addr": request.remote_addr,
+    }
+    try:
+        task["body"] = body.decode("utf-8")
+    except UnicodeDecodeError:
+        task["body"] = base64.b64encode(body).decode("ascii")
+        task["body_encoding"] = "base64"
+    return json.dumps(task, ensure_ascii=False).encode("utf-8", "replace")
+
+
+# =============================================================================
+# Coletor: uma thread e uma conexão que perguntam ao Redis por todos os streams
+# =============================================================================
+
+# Limites de uma retirada com PAUSE=0 e de uma ida ao Redis: maiores rendem mais
+# linhas por segundo, mas seguram por mais tempo os outros streams e a memória.
+take_lines = 500
+take_bytes = 262144
+round_takes = 128
+# Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
+answer_timeout = 5.0
+# Tempos do coletor, em segundos: tolerância para um aviso já a caminho, sinal de
+# vida quando nada acontece, nova tentativa dos avisos, e exame dos clientes que
+# só podem ser examinados por consulta.
+wake_grace = 0.005
+idle_ping = 15.0
+wake_retry = 1.0
+gone_check = 0.5
+
+
+class batch_entry(typing.NamedTuple):
+    """Comandos de um assunto dentro de uma ida ao Redis, e quem trata a resposta.
+
+    on_reply recebe (subject, respostas); se a conexão caiu, no lugar das respostas
+    vem a exceção, e o assunto deve ser refeito ou dado por perdido.
+    """
+
+    commands: list
+    on_reply: typing.Callable
+    subject: typing.Any
+
+
+def first_error(replies):
+    """Procura um erro entre as respostas do Redis.
+
+    Argumentos:
+        replies (list): respostas de redis_link.call.
+    Retorna:
+        redis.ResponseError: o primeiro erro, ou None.
+    """
+    return next((reply for reply in replies if isinstance(reply, redis.ResponseError)), None)
+
+
+class collector(threading.Thread):
+    """Thread que conversa com o Redis em nome de todos os streams.
+
+    As outras threads só chamam os métodos do primeiro grupo, que deixam um pedido
+    na caixa de entrada; a resposta vai para a fila do stream. Todo o estado
+    restante pertence a esta thread e dispensa travas. O custo acompanha o que
+    acontece, e não quantos esperam: um stream à espera só é consultado quando um
+    aviso ou a consulta periódica diz que há o que buscar.
+    """
+
+    def __init__(self):
+        """Constrói o coletor sem abrir conexões (veja open_main)."""
+        super().__init__(name="coletor", daemon=True)
+        pool = redis_pool()
+        self.main = redis_link(pool, program)
+        self.wake = redis_link(pool, f"{program}-wake")
+        self.inbox = collections.deque()
+        self.alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.poller = select.epoll()
+        self.poller.register(self.alarm, select.EPOLLIN)
+        self.asleep = False
+        self.order = itertools.count()
+        self.names = {}
+        self.clients = {}
+        self.watched = {}
+        self.pings, self.submissions, self.removals = [], [], []
+        self.hungry, self.waiting = {}, {}
+        self.paused = []
+        self.renewals = collections.deque()
+        self.scripts = None
+        self.main_fd = self.wake_fd = -1
+        self.is_down = self.wake_lost = self.wake_refused = self.scripts_refused = False
+        self.failures = 0
+        self.retry_at = self.wake_retry_at = self.census_at = self.gone_at = 0.0
+        self.search_at = self.stop_at = math.inf
+        self.idle_at = time.monotonic() + idle_ping
+
+    # -- chamados pelas outras threads ----------------------------------------
+
+    def post(self, action, *subjects):
+        """Deixa um pedido na caixa de entrada e acorda o coletor se ele dorme.
+
+        Argumentos:
+            action (callable): método que rodará na thread do coletor.
+            subjects (object): argumentos do método.
+        """
+        self.inbox.append((action, subjects))
+        if self.asleep:
+            os.eventfd_write(self.alarm, 1)
+
+    def ping(self, answers):
+        """Pede um PING; pedidos simultâneos são atendidos por um só.
+
+        Argumentos:
+            answers (queue.SimpleQueue): recebe True ou uma exceção.
+        """
+        self.post(self.accept_ping, answers)
+
+    def submit(self, stream, payload):
+        """Pede o SET da tarefa e o PUBLISH; o stream já fica à espera de linhas.
+
+        Argumentos:
+            stream (stream): sua fila recebe o número de ouvintes ou uma exceção.
+            payload (bytes): JSON da tarefa.
+        """
+        self.post(self.accept_submission, stream, payload)
+
+    def ask(self, stream, delay):
+        """Pede as próximas linhas de um stream.
+
+        Argumentos:
+            stream (stream): sua fila recebe uma lista de bytes ou o motivo do fim.
+            delay (int): tempo a esperar antes de consultar, em ms.
+        """
+        self.post(self.accept_ask, stream, time.monotonic() + delay / 1000)
+
+    def release(self, stream):
+        """Encerra um stream: suas chaves serão apagadas do Redis.
+
+        Argumentos:
+            stream (stream): o stream encerrado.
+        """
+        self.post(self.accept_release, stream)
+
+    def broadcast(self, reason):
+        """Encerra todos os streams vivos.
+
+        Argumentos:
+            reason (str): motivo do fim, entregue à fila de cada um.
+        """
+        self.post(self.accept_broadcast, reason)
+
+    def stop(self, patience):
+        """Para o coletor depois de apagar as chaves pendentes.
+
+        Argumentos:
+            patience (float): espera máxima, em segundos.
+        """
+        self.post(self.accept_stop, time.monotonic() + patience)
+        self.join(patience + redis_timeout)
+
+    # -- caixa de entrada (daqui em diante, só a thread do coletor) -----------
+
+    def accept_ping(self, answers):
+        """Anota um pedido de PING.
+
+        Argumentos:
+            answers (queue.SimpleQueue): fila de quem pediu.
+        """
+        self.pings.append((answers, 0))
+
+    def accept_submission(self, stream, payload):
+        """Anota uma tarefa a gravar; a partir daqui um aviso já acha o stream.
+
+        Argumentos:
+            stream (stream): stream da tarefa.
+            payload (bytes): JSON da tarefa.
+        """
+        self.names[stream.key] = self.names[stream.list] = stream
+        self.submissions.append((stream, payload))
+        if stream.socket is not None:
+            descriptor = stream.socket.fileno()
+            self.clients[descriptor] = stream
+            self.poller.register(descriptor, select.EPOLLRDHUP)
+        elif stream.gone is not None:
+            self.watched[stream] = stream.gone
+
+    def accept_ask(self, stream, due):
+        """Anota que um stream quer linhas a partir de um instante.
+
+        Argumentos:
+            stream (stream): stream que pede.
+            due (float): instante do relógio monotônico, em segundos.
+        """
+        if due <= time.monotonic():
+            self.hungry[stream] = None
+        else:
+            heapq.heappush(self.paused, (due, next(self.order), stream))
+
+    def accept_release(self, stream):
+        """Esquece um stream e anota suas chaves para apagar.
+
+        Argumentos:
+            stream (stream): stream encerrado.
+        """
+        stream.ended = True
+        self.hungry.pop(stream, None)
+        self.waiting.pop(stream, None)
+        self.watched.pop(stream, None)
+        self.names.pop(stream.key, None)
+        self.names.pop(stream.list, None)
+        self.removals.append(stream)
+        for descriptor in [fd for fd in (stream.descriptor,) if self.clients.get(fd) is stream]:
+            self.forget_client(descriptor)
+
+    def accept_broadcast(self, reason):
+        """Entrega um motivo de fim a todos os streams.
+
+        Argumentos:
+            reason (str): motivo do fim.
+        """
+        for stream in set(self.names.values()):
+            stream.answers.put(reason)
+
+    def accept_stop(self, deadline):
+        """Anota o prazo para parar.
+
+        Argumentos:
+            deadline (float): instante do relógio monotônico, em segundos.
+        """
+        self.stop_at = deadline
+
+    # -- laço -----------------------------------------------------------------
+
+    def run(self):
+        """Repete: dormir até haver o que fazer, ler os pedidos, ir ao Redis."""
+        while not self.is_finished():
+            try:
+                self.sleep()
+                self.read_inbox()
+                self.run_timers(time.monotonic())
+                if self.main.is_open or self.reconnect():
+                    self.go_to_redis(time.monotonic())
+            except Exception as error:
+                # Um defeito nosso não pode deixar todos os clientes sem resposta.
+                log.error("falha interna no coletor: %s: %s", type(error).__name__, error)
+                log.debug("falha interna no coletor", exc_info=True)
+                self.lose_main(error)
+        self.main.close()
+        self.wake.close()
+
+    def is_finished(self):
+        """Diz se o coletor pode parar.
+
+        Retorna:
+            bool: verdadeiro se a parada foi pedida e nada resta a fazer, ou se o
+            prazo passou.
+        """
+        if self.stop_at == math.inf:
+            return False
+        idle = not (self.inbox or self.removals or self.submissions or self.pings)
+        return idle or time.monotonic() >= self.stop_at
+
+    def sleep(self):
+        """Dorme até um pedido, um aviso, um cliente que sai ou o próximo prazo."""
+        timeout = max(0.0, self.next_moment() - time.monotonic())
+        self.asleep = True
+        # A caixa é olhada depois de asleep: quem chegou antes não tocou o alarme.
+        events = self.poller.poll(0 if self.inbox else timeout)
+        self.asleep = False
+        for descriptor, _ in events:
+            if descriptor == self.alarm:
+                os.eventfd_read(self.alarm)
+            elif descriptor == self.wake_fd:
+                self.read_wake()
+            elif descriptor == self.main_fd:
+                self.lose_main(redis.ConnectionError("conexão fechada pelo servidor"))
+            else:
+                self.check_client(descriptor)
+
+    def next_moment(self):
+        """Calcula quando o coletor precisa agir, mesmo sem nada acontecer.
+
+        Retorna:
+            float: instante do relógio monotônico, em segundos.
+        """
+        moments = [self.stop_at]
+        if self.watched:
+            moments.append(self.gone_at)
+        if not self.main.is_open:
+            return min(*moments, self.retry_at)
+        if self.hungry or self.removals:
+            return 0.0
+        moments += [self.idle_at, self.search_at]
+        if self.waiting:
+            moments.append(self.census_at)
+        if self.paused:
+            moments.append(self.paused[0][0])
+        if self.renewals:
+            moments.append(self.renewals[0][0])
+        if self.wake_lost:
+            moments.append(self.wake_retry_at)
+        return min(moments)
+
+    def read_inbox(self):
+        """Executa os pedidos das outras threads, na ordem em que chegaram."""
+        for _ in range(len(self.inbox)):
+            action, subjects = self.inbox.popleft()
+            action(*subjects)
+
+    def run_timers(self, now):
+        """Trata o que venceu e não depende do Redis.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        """
+        while self.paused and self.paused[0][0] <= now:
+            stream = heapq.heappop(self.paused)[2]
+            if not stream.ended:
+                self.hungry[stream] = None
+        if self.watched and now >= self.gone_at:
+            self.gone_at = now + gone_check
+            for stream in [stream for stream, gone in self.watched.items() if gone()]:
+                del self.watched[stream]
+                stream.answers.put(ended_client)
+        if self.wake_lost and self.main.is_open and now >= self.wake_retry_at:
+            self.open_wake()
+
+    # -- clientes -------------------------------------------------------------
+
+    def check_client(self, descriptor):
+        """Encerra o stream de um cliente que fechou a conexão.
+
+        Argumentos:
+            descriptor (int): descritor do socket do cliente.
+        """
+        stream = self.clients.get(descriptor)
+        if stream is not None:
+            stream.answers.put(ended_client)
+        self.forget_client(descriptor)
+
+    def forget_client(self, descriptor):
+        """Para de vigiar o socket de um cliente.
+
+        Argumentos:
+            descriptor (int): descritor do socket, talvez já fechado.
+        """
+        self.clients.pop(descriptor, None)
+        try:
+            self.poller.unregister(descriptor)
+        except (OSError, ValueError):
+            pass
+
+    # -- conexões -------------------------------------------------------------
+
+    def open_main(self):
+        """Abre a conexão principal, carrega os scripts e liga os avisos.
+
+        Levanta:
+            redis.RedisError: se o Redis não atender.
+        """
+        self.main.open()
+        try:
+            pong, *digests = self.main.call([
+                ("PING",), ("SCRIPT", "LOAD", take_script), ("SCRIPT", "LOAD", search_script),
+            ])
+            if isinstance(pong, redis.ResponseError):
+                raise pong
+        except redis.RedisError:
+            self.main.close()
+            raise
+        refusal = first_error(digests)
+        self.scripts = None if refusal else digests
+        if refusal and not self.scripts_refused:
+            log.warning(
+                "o Redis não aceita scripts (%s): as linhas são tiradas com LPOP simples, e uma queda "
+                "da conexão pode perder a que estava a caminho", refusal,
+            )
+        self.scripts_refused = refusal is not None
+        self.main_fd = self.main.fileno()
+        self.poller.register(self.main_fd, select.EPOLLRDHUP)
+        self.failures = 0
+        self.census_at = 0.0
+        if REDIS_WAKE:
+            self.open_wake()
+
+    def open_wake(self):
+        """Abre a conexão dos avisos e pede ao Redis as chaves que mudarem."""
+        prefixes = {REDIS_PREFIX, REDIS_LIST_PREFIX}
+        # O Redis recusa prefixos que se sobrepõem; o mais curto abrange o outro.
+        prefixes = [p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)]
+        options = [word for prefix in prefixes for word in ("PREFIX", prefix)]
+        try:
+            self.wake.open()
+            replies = self.wake.call([("CLIENT", "ID"), ("SUBSCRIBE", wake_channel)])
+            if not first_error(replies):
+                replies += self.main.call([
+                    ("CLIENT", "TRACKING", "OFF"),
+                    ("CLIENT", "TRACKING", "ON", "REDIRECT", replies[0], "BCAST", *options, "NOLOOP"),
+                ])
+        except (redis.RedisError, OSError) as error:
+            self.lose_wake(error)
+            return
+        refusal = first_error(replies)
+        if refusal:
+            self.wake.close()
+            if not self.wake_refused:
+                log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", refusal)
+            self.wake_refused, self.wake_lost = True, False
+            return
+        self.wake_fd = self.wake.fileno()
+        self.poller.register(self.wake_fd, select.EPOLLIN | select.EPOLLRDHUP)
+        if self.wake_lost or self.wake_refused:
+            log.info("REDIS_WAKE: avisos do Redis restabelecidos")
+        self.wake_lost = self.wake_refused = False
+        self.census_at = 0.0
+
+    def wake_works(self):
+        """Diz se os avisos estão em uso.
+
+        Retorna:
+            bool: verdadeiro se o Redis está avisando as mudanças.
+        """
+        return self.wake.is_open
+
+    def lose_wake(self, error):
+        """Passa à consulta periódica porque a conexão dos avisos caiu.
+
+        Argumentos:
+            error (Exception): a causa.
+        """
+        self.wake.close()
+        self.wake_fd = -1
+        # Se a principal também caiu, a linha sobre o Redis já diz tudo.
+        if not self.wake_lost and self.main.is_open:
+            log.warning("REDIS_WAKE: a conexão dos avisos caiu (%s); fica só a consulta periódica", error)
+        self.wake_lost = True
+        self.wake_retry_at = time.monotonic() + wake_retry
+
+    def lose_main(self, error):
+        """Registra que a conexão principal caiu; a próxima volta a reabre.
+
+        Argumentos:
+            error (Exception): a causa.
+        """
+        self.main.close()
+        self.wake.close()
+        self.main_fd = self.wake_fd = -1
+        self.wake_lost = False
+        if not self.is_down:
+            log.warning("Redis fora do ar: %s", error)
+        self.is_down = True
+        self.retry_at = time.monotonic() + min(1.0, 0.05 * 2 ** min(self.failures, 6)) * (self.failures > 0)
+        self.failures += 1
+
+    def reconnect(self):
+        """Tenta reabrir a conexão principal, se for hora ou se alguém espera.
+
+        Retorna:
+            bool: verdadeiro se o Redis está de volta.
+        """
+        if not (self.pings or self.submissions) and time.monotonic() < self.retry_at:
+            return False
+        failures = self.failures
+        try:
+            self.open_main()
+        except (redis.RedisError, OSError) as error:
+            self.failures = failures
+            self.lose_main(error)
+            # Quem chegou durante a tentativa não espera por outra.
+            self.read_inbox()
+            self.refuse(error)
+            return False
+        self.is_down = False
+        log.info("Redis de volta")
+        return True
+
+    def refuse(self, error):
+        """Responde com erro a quem espera pelo Redis.
+
+        Argumentos:
+            error (Exception): a causa.
+        """
+        for answers, _ in self.pings:
+            answers.put(error)
+        for stream, _ in self.submissions:
+            stream.answers.put(error)
+        self.pings, self.submissions = [], []
+
+    # -- avisos ---------------------------------------------------------------
+
+    def read_wake(self):
+        """Lê os avisos: cada um traz as chaves que mudaram."""
+        try:
+            # O limite impede que os avisos de outros prendam o laço aqui.
+            for _ in range(1000):
+                if not self.wake.pending():
+                    break
+                message = self.wake.read()
+                if isinstance(message, list) and message[0] == b"message":
+                    # FLUSHALL e FLUSHDB avisam sem nomear chaves.
+                    self.wake_streams(list(self.names) if message[2] is None else message[2])
+        except (redis.RedisError, OSError) as error:
+            self.lose_wake(error)
+
+    def wake_streams(self, keys):
+        """Põe na fila da próxima ida os streams à espera cujas chaves mudaram.
+
+        Argumentos:
+            keys (list[bytes]): chaves, nossas ou de outro proxy no mesmo Redis.
+        """
+        for key in keys:
+            stream = self.names.get(key)
+            if stream is not None and stream in self.waiting:
+                del self.waiting[stream]
+                self.hungry[stream] = None
+
+    # -- ida ao Redis ---------------------------------------------------------
+
+    def go_to_redis(self, now):
+        """Faz em uma só ida tudo o que está pendente e distribui as respostas.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        """
+        batch = self.build_batch(now)
+        if not batch:
+            return
+        self.idle_at = now + idle_ping
+        try:
+            replies = self.main.call([command for entry in batch for command in entry.commands])
+        except (redis.RedisError, OSError) as error:
+            self.lose_main(error)
+            for entry in batch:
+                entry.on_reply(entry.subject, error)
+            return
+        position = 0
+        for entry in batch:
+            entry.on_reply(entry.subject, replies[position:position + len(entry.commands)])
+            position += len(entry.commands)
+
+    def build_batch(self, now):
+        """Reúne os comandos pendentes.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        Retorna:
+            list[batch_entry]: vazia se não há o que fazer.
+        """
+        batch = []
+        if self.pings or now >= self.idle_at:
+            batch.append(batch_entry([("PING",)], self.on_ping, self.pings))
+            self.pings = []
+        batch += [
+            batch_entry(submit_commands(stream, payload), self.on_submission, stream)
+            for stream, payload in self.submissions
+        ]
+        self.submissions = []
+        if self.removals:
+            keys = [key for stream in self.removals for key in (stream.key, stream.list, stream.taken)]
+            batch.append(batch_entry([("UNLINK", *keys)], self.on_removal, self.removals))
+            self.removals = []
+        takes = list(itertools.islice(self.hungry, round_takes))
+        for stream in takes:
+            del self.hungry[stream]
+            batch.append(batch_entry(self.take_commands(stream), self.on_take, stream))
+        return batch + self.build_census(now) + self.build_renewal(now)
+
+    def build_census(self, now):
+        """Monta a consulta periódica, que responde por todos os que esperam.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        Retorna:
+            list[batch_entry]: vazia se ainda não é hora.
+        """
+        if not self.waiting:
+            # O primeiro a esperar terá um INTERVAL inteiro.
+            self.census_at, self.search_at = now + INTERVAL / 1000, math.inf
+            return []
+        searching = now >= self.search_at
+        if not searching and now < self.census_at:
+            return []
+        self.census_at, self.search_at = now + INTERVAL / 1000, math.inf
+        streams = list(self.waiting)
+        if self.wake_works() and not searching:
+            # Com os avisos ligados basta contar: quase sempre não há nada.
+            return [batch_entry(
+                [("EXISTS", *[s.list for s in streams]), ("EXISTS", *[s.key for s in streams])],
+                self.on_census, len(streams),
+            )]
+        if self.scripts is None:
+            for stream in streams:
+                self.hungry[stream] = None
+            self.waiting = {}
+            return []
+        # Em fatias, para que um script não segure o Redis.
+        slices = [streams[start:start + 500] for start in range(0, len(streams), 500)]
+        return [
+            batch_entry(
+                [("EVALSHA", self.scripts[1], 2 * len(part), *[key for s in part for key in (s.key, s.list)])],
+                self.on_search, part,
+            )
+            for part in slices
+        ]
+
+    def build_renewal(self, now):
+        """Monta a renovação da validade das chaves dos streams vivos.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        Retorna:
+            list[batch_entry]: no máximo uma entrada.
+        """
+        streams = []
+        # A fila está em ordem, pois todos têm o mesmo prazo.
+        while self.renewals and self.renewals[0][0] <= now and len(streams) < 500:
+            stream = self.renewals.popleft()[1]
+            if not stream.ended:
+                streams.append(stream)
+        if not streams:
+            return []
+        self.renewals.extend((now + REDIS_TTL / 3, stream) for stream in streams)
+        commands = [("EXPIRE", key, REDIS_TTL) for s in streams for key in (s.key, s.list, s.taken)]
+        return [batch_entry(commands, self.on_renewal, None)]
+
+    def take_commands(self, stream):
+        """Monta a retirada de linhas de um stream.
+
+        Argumentos:
+            stream (stream): stream que pediu linhas.
+        Retorna:
+            list[tuple]: comandos; a última resposta traz [tipo da chave, linhas].
+        """
+        lines = 1 if PAUSE else take_lines
+        if self.scripts is not None:
+            return [(
+                "EVALSHA", self.scripts[0], 3, stream.key, stream.list, stream.taken,
+                stream.sequence, lines, take_bytes, REDIS_TTL, int(stream.repeat),
+            )]
+        return [("MULTI",), ("TYPE", stream.key), ("LPOP", stream.source, lines), ("EXEC",)]
+
+    # -- respostas ------------------------------------------------------------
+
+    def on_ping(self, subject, replies):
+        """Responde a quem pediu PING.
+
+        Argumentos:
+            subject (list): pares (fila, número de tentativas).
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        if isinstance(replies, Exception):
+            # Uma conexão que o Redis fechou enquanto dormia não prova que ele
+            # caiu: vale uma segunda tentativa. Já o silêncio prova.
+            late = isinstance(replies, redis.TimeoutError)
+            for answers, tries in subject:
+                if late or tries:
+                    answers.put(replies)
+                else:
+                    self.pings.append((answers, 1))
+            return
+        answer = True if replies[0] == b"PONG" else replies[0]
+        for answers, _ in subject:
+            answers.put(answer)
+
+    def on_submission(self, stream, replies):
+        """Trata a resposta de SET e PUBLISH.
+
+        Argumentos:
+            stream (stream): stream da tarefa.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        error = replies if isinstance(replies, Exception) else first_error(replies)
+        if error is None and not stream.ended:
+            self.waiting[stream] = None
+            self.renewals.append((time.monotonic() + REDIS_TTL / 3, stream))
+        stream.answers.put(replies[3][1] if error is None else error)
+
+    def on_removal(self, streams, replies):
+        """Confere se as chaves foram apagadas.
+
+        Argumentos:
+            streams (list[stream]): streams encerrados.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        if isinstance(replies, Exception):
+            # Se o Redis demorar a voltar, a validade das chaves faz o serviço.
+            self.removals = (streams + self.removals)[:10000]
+        elif first_error(replies):
+            log.warning("o Redis não apagou as chaves de %d tarefas: %s", len(streams), replies[0])
+
+    def on_take(self, stream, replies):
+        """Entrega ao stream as linhas tiradas, ou o deixa à espera.
+
+        Argumentos:
+            stream (stream): stream que pediu linhas.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        if stream.ended:
+            return
+        if isinstance(replies, Exception):
+            stream.repeat = True
+            self.hungry[stream] = None
+            return
+        error = first_error(replies)
+        if isinstance(error, redis.exceptions.NoScriptError):
+            # SCRIPT FLUSH: reabrir a conexão carrega os scripts de novo.
+            self.hungry[stream] = None
+            self.lose_main(error)
+            return
+        if error is not None:
+            stream.answers.put(error)
+            return
+        type_name, lines = replies[-1]
+        stream.repeat = False
+        if lines:
+            stream.sequence += 1
+            stream.answers.put(lines)
+        elif type_name == b"none":
+            stream.answers.put(ended_done)
+        elif type_name == b"list" and self.scripts is None and stream.source != stream.key:
+            stream.source = stream.key
+            self.hungry[stream] = None
+        else:
+            self.waiting[stream] = None
+
+    def on_census(self, count, replies):
+        """Compara as contagens da consulta periódica com o esperado.
+
+        Argumentos:
+            count (int): número de streams consultados.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        if isinstance(replies, Exception):
+            return
+        error = first_error(replies)
+        if error is not None:
+            log.warning("a consulta periódica falhou: %s", error)
+        elif replies != [0, count]:
+            # Quase sempre é um aviso a caminho; se não for, procura-se quem é.
+            self.search_at = time.monotonic() + wake_grace
+
+    def on_search(self, streams, replies):
+        """Põe na fila os streams que têm o que buscar.
+
+        Argumentos:
+            streams (list[stream]): streams consultados, na ordem da pergunta.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        if isinstance(replies, Exception):
+            return
+        if isinstance(replies[0], redis.ResponseError):
+            self.lose_main(replies[0])
+            return
+        for position in replies[0]:
+            if self.waiting.pop(streams[position], self) is None:
+                self.hungry[streams[position]] = None
+
+    def on_renewal(self, _, replies):
+        """Confere se a validade das chaves foi renovada.
+
+        Argumentos:
+            _ (None): sem uso.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        if not isinstance(replies, Exception) and first_error(replies):
+            log.warning("o Redis não renovou a validade das chaves: %s", first_error(replies))
+
+
+def submit_commands(stream, payload):
+    """Monta a gravação e a publicação da tarefa.
+
+    Argumentos:
+        stream (stream): stream da tarefa.
+        payload (bytes): JSON da tarefa.
+    Retorna:
+        list[tuple]: uma transação: se o SET for recusado, nada é publicado.
+    """
+    return [
+        ("MULTI",), ("SET", stream.key, payload, "EX", REDIS_TTL), ("PUBLISH", REDIS_CHANNEL, stream.key), ("EXEC",),
+    ]
+
+
+# =============================================================================
+# Stream: a resposta de um cliente
+# =============================================================================
+
+# Motivos do fim de um streaming, como aparecem no log.
+ended_done = "concluida"
+ended_word = "eof"
+ended_timeout = "timeout"
+ended_client = "cliente"
+ended_shutdown = "shutdown"
+ended_error = "erro"
+
+
+class stream_gate:
+    """Conta os streams vivos e limita quantos podem existir."""
+
+    def __init__(self):
+        """Começa aberto e vazio."""
+        self.changed = threading.Condition()
+        self.alive = 0
+        self.closed = False
+
+    def enter(self):
+        """Reserva o lugar de um stream.
+
+        Retorna:
+            bool: falso se já há MAX_STREAMS streams ou se o serviço está parando.
+        """
+        with self.changed:
+            if self.closed or self.alive >= MAX_STREAMS:
+                return False
+            self.alive += 1
+            return True
+
+    def leave(self):
+        """Devolve o lugar de um stream."""
+        with self.changed:
+            self.alive -= 1
+            self.changed.notify_all()
+
+    def close(self):
+        """Recusa os próximos streams."""
+        self.closed = True
+
+    def wait_empty(self, timeout):
+        """Espera que não reste stream vivo.
+
+        Argumentos:
+            timeout (float): espera máxima, em segundos.
+        Retorna:
+            bool: verdadeiro se não resta nenhum.
+        """
+        with self.changed:
+            return self.changed.wait_for(lambda: self.alive == 0, timeout)
+
+
+class stream:
+    """Um cliente à espera das linhas de sua tarefa.
+
+    Os campos do primeiro grupo são usados pelo coletor; os demais, só pela thread
+    do cliente.
+    """
+
+    def __init__(self, name, environ):
+        """Prepara o stream de uma requisição.
+
+        Argumentos:
+            name (str): task_name da tarefa.
+            environ (dict): ambiente WSGI da requisição.
+        """
+        self.key = (REDIS_PREFIX + name).encode()
+        self.list = self.source = (REDIS_LIST_PREFIX + name).encode()
+        self.taken = self.list + b":taken"
+        self.sequence = 1
+        self.repeat = self.ended = False
+        self.answers = queue.SimpleQueue()
+        # O flask (werkzeug) entrega o socket, vigiado pelo epoll; o waitress
+        # entrega uma função que diz se o cliente saiu.
+        self.socket = environ.get("werkzeug.socket")
+        self.descriptor = self.socket.fileno() if self.socket is not None else -1
+        self.gone = environ.get("waitress.client_disconnected")
+        self.name = name
+        self.client = environ.get("REMOTE_ADDR", "-")
+        self.method = environ["REQUEST_METHOD"]
+        self.path = request_target(environ)[0]
+        self.started = time.monotonic()
+        self.first_line = None
+        self.lines = self.bytes = 0
+        self.reason = ended_client
+        self.once = threading.Lock()
+
+    def __iter__(self):
+        """Gera os bytes da resposta e cuida do encerramento.
+
+        Retorna:
+            iterator: trechos de bytes, cada um com uma ou mais linhas inteiras.
+        """
+        try:
+            yield from self.pump()
+        finally:
+            self.close()
+
+    def pump(self):
+        """Espera as respostas do coletor e as transforma em linhas.
+
+        Retorna:
+            iterator: trechos de bytes.
+        """
+        last_line = last_sent = time.monotonic()
+        while True:
+            limit = last_line + MAXTIME / 1000
+            beat = last_sent + HEARTBEAT / 1000 if HEARTBEAT else math.inf
+            try:
+                answer = self.answers.get(timeout=max(0.0, min(limit, beat) - time.monotonic()))
+            except queue.Empty:
+                if time.monotonic() >= limit:
+                    self.reason = ended_timeout
+                    yield self.count(MAXTIME_ERROR + b"\n", 1)
+                    return
+                yield HEARTBEAT_LINE + b"\n"
+                last_sent = time.monotonic()
+                continue
+            if not isinstance(answer, list):
+                yield from self.end(answer)
+                return
+            chunk, lines, is_end = join_lines(answer)
+            if chunk:
+                yield self.count(chunk, lines)
+            if is_end:
+                self.reason = ended_word
+                return
+            # O relógio conta a partir do envio: um cliente lento não faz vencer
+            # o prazo de linhas que já estão na lista.
+            last_line = last_sent = time.monotonic()
+            hub.ask(self, PAUSE)
+
+    def end(self, answer):
+        """Gera a última linha, se o motivo do fim pede uma.
+
+        Argumentos:
+            answer (str | Exception): motivo do fim ou erro do Redis.
+        Retorna:
+            iterator: nenhum ou um trecho de bytes.
+        """
+        if isinstance(answer, Exception):
+            self.reason = ended_error
+            log.warning("tarefa=%s erro do Redis: %s", self.name, answer)
+            yield self.count(error_line("redis_error", f"o Redis recusou a consulta: {answer}"), 1)
+            return
+        self.reason = answer
+        if answer == ended_shutdown:
+            yield self.count(error_line("shutdown"), 1)
+
+    def count(self, chunk, lines):
+        """Anota o que vai ser enviado.
+
+        Argumentos:
+            chunk (bytes): trecho com linhas inteiras.
+            lines (int): número de linhas do trecho.
+        Retorna:
+            bytes: o mesmo trecho.
+        """
+        if self.first_line is None:
+            self.first_line = time.monotonic()
+        self.lines += lines
+        self.bytes += len(chunk)
+        return chunk
+
+    def close(self):
+        """Encerra o stream, uma só vez: devolve o lugar, apaga as chaves, registra."""
+        if not self.once.acquire(blocking=False):
+            return
+        hub.release(self)
+        gate.leave()
+        first = "-" if self.first_line is None else round((self.first_line - self.started) * 1000)
+        log.info(
+            "tarefa=%s cliente=%s metodo=%s caminho=%s fim=%s linhas=%d bytes=%d primeira_ms=%s duracao_ms=%d",
+            self.name, self.client, self.method, self.path, self.reason, self.lines, self.bytes, first,
+            round((time.monotonic() - self.started) * 1000),
+        )
+
+
+def error_line(code, message=""):
+    """Monta uma linha de erro dentro do streaming.
+
+    Argumentos:
+        code (str): código do erro, para programas.
+        message (str): frase em português, para pessoas; vazia é omitida.
+    Retorna:
+        bytes: objeto JSON com error e message, terminado em LF.
+    """
+    content = {"error": code, "message": message} if message else {"error": code}
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+
+
+# =============================================================================
+# Aplicação HTTP
+# =============================================================================
+
+stream_methods = ("GET", "POST", "PUT", "PATCH", "DELETE")
+allow_header = ", ".join((*stream_methods, "HEAD", "OPTIONS"))
+line_types = ("application/x-ndjson", "application/json-lines", "application/jsonl")
+read_size = 65536
+
+app = flask.Flask(program, static_folder=None)
+
+
+class stream_response(flask.Response):
+    """Resposta cujos cabeçalhos saem antes da primeira linha."""
+
+    def __call__(self, environ, start_response):
+        """Envia os cabeçalhos e devolve o corpo.
+
+        Argumentos:
+            environ (dict): ambiente WSGI.
+            start_response (callable): função do WSGI.
+        Retorna:
+            iterable: trechos de bytes da resposta.
+        """
+        body, status, headers = self.get_wsgi_response(environ)
+        try:
+            # write(b"") vale nos dois servidores; o waitress, sozinho, só os
+            # enviaria com a primeira linha.
+            start_response(status, headers)(b"")
+        except BaseException:
+            # Sem iterador o servidor não chama close().
+            self.close()
+            raise
+        return body
+
+
+def error_response(status, code, message, headers=()):
+    """Monta uma resposta de erro.
+
+    Argumentos:
+        status (int): status HTTP.
+        code (str): código do erro, para programas.
+        message (str): frase em português, para pessoas.
+        headers (list): pares de cabeçalhos adicionais.
+    Retorna:
+        flask.Response: corpo JSON {"error", "message"}.
+    """
+    return flask.Response(error_line(code, message), status, headers, content_type="application/json")
+
+
+def cors_headers(origin):
+    """Monta os cabeçalhos de CORS de qualquer resposta.
+
+    Argumentos:
+        origin (str): cabeçalho Origin da requisição, ou None.
+    Retorna:
+        list: pares (nome, valor); vazia se CORS está desligado.
+    """
+    if not CORS_ORIGIN:
+        return []
+    if "*" in CORS_ORIGIN:
+        allowed = "*"
+    elif origin and origin.lower() in CORS_ORIGIN:
+        allowed = origin
+    else:
+        return [("Vary", "Origin")]
+    return [
+        ("Access-Control-Allow-Origin", allowed), ("Vary", "Origin"),
+        ("Access-Control-Expose-Headers", "X-Task-Name"),
+    ]
+
+
+def options_response(request):
+    """Responde a OPTIONS, sem criar tarefa; atende a consulta prévia do CORS.
+
+    Argumentos:
+        request (flask.Request): requisição.
+    Retorna:
+        flask.Response: 204 sem corpo.
+    """
+    response = flask.Response(status=204, headers=[("Allow", allow_header)])
+    del response.headers["Content-Type"]
+    asked = request.headers.get("Access-Control-Request-Method")
+    if asked and any(name == "Access-Control-Allow-Origin" for name, _ in cors_headers(request.headers.get("Origin"))):
+        response.headers["Access-Control-Allow-Methods"] = ", ".join(stream_methods)
+        wanted = request.headers.get("Access-Control-Request-Headers")
+        if wanted:
+            response.headers["Access-Control-Allow-Headers"] = wanted
+        if request.headers.get("Access-Control-Request-Private-Network") == "true":
+            response.headers["Access-Control-Allow-Private-Network"] = "true"
+        response.headers["Access-Control-Max-Age"] = "600"
+    return response
+
+
+def ping_response():
+    """Responde a /ping.
+
+    Retorna:
+        flask.Response: 200 "pong" se o Redis respondeu; senão 500, em texto.
+    """
+    if redis_ping():
+        return flask.Response("pong", content_type="text/plain; charset=utf-8")
+    return flask.Response("o Redis não respondeu", 500, content_type="text/plain; charset=utf-8")
+
+
+def read_body(request):
+    """Lê o corpo da requisição, seja qual for o Content-Type.
+
+    Argumentos:
+        request (flask.Request): requisição ainda não lida.
+    Retorna:
+        bytes: o corpo, ou b"" se não houver.
+    Levanta:
+        werkzeug.exceptions.HTTPException: 413 se passar de MAX_BODY; 400 se o
+        corpo não chegar inteiro ou tiver um chunk inválido.
+    """
+    if (request.content_length or 0) > MAX_BODY:
+        raise werkzeug.exceptions.RequestEntityTooLarge()
+    parts, size = [], 0
+    try:
+        # request.stream não passa pelos formulários, que esvaziariam o corpo.
+        while part := request.stream.read(read_size):
+            size += len(part)
+            if size > MAX_BODY:
+                raise werkzeug.exceptions.RequestEntityTooLarge()
+            parts.append(part)
+    except OSError as error:
+        raise werkzeug.exceptions.BadRequest() from error
+    return b"".join(parts)
+
+
+def head_response(request):
+    """Monta a resposta de streaming ainda sem corpo.
+
+    Argumentos:
+        request (flask.Request): requisição.
+    Retorna:
+        stream_response: 200 com os cabeçalhos do streaming.
+    """
+    best = request.accept_mimetypes.best_match(line_types, line_types[0])
+    return stream_response(content_type=best, headers=[
+        ("Cache-Control", "no-cache, no-transform"),
+        # O nginx guarda a resposta inteira se não for avisado.
+        ("X-Accel-Buffering", "no"),
+        ("X-Content-Type-Options", "nosniff"),
+    ])
+
+
+def redis_failure(error):
+    """Monta a resposta para uma tarefa que o Redis não recebeu.
+
+    Argumentos:
+        error (Exception): falha da conexão ou recusa do Redis.
+    Retorna:
+        flask.Response: 504 se o Redis não atendeu; 500 se ele recusou.
+    """
+    if isinstance(error, redis.ResponseError):
+        log.warning("o Redis recusou uma tarefa: %s", error)
+        return error_response(500, "redis_error", f"o Redis recusou a tarefa: {error}")
+    return error_response(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
+
+
+def start_stream(request, body):
+    """Grava e publica a tarefa e devolve o streaming; o lugar já foi reservado.
+
+    Argumentos:
+        request (flask.Request): requisição.
+        body (bytes): corpo já lido.
+    Retorna:
+        flask.Response: o streaming, ou um erro 500 ou 504.
+    """
+    name = str(uuid.uuid4())
+    client = stream(name, request.environ)
+    hub.submit(client, build_task(name, request, body))
+    try:
+        answer = client.answers.get(timeout=answer_timeout)
+    except queue.Empty:
+        answer = redis.TimeoutError("sem resposta do Redis")
+    if not isinstance(answer, int):
+        client.reason = ended_error
+        client.close()
+        return redis_failure(answer) if isinstance(answer, Exception) else error_response(
+            503, "shutdown", "o serviço está parando")
+    if answer == 0:
+        log.warning("tarefa=%s ninguém ouve o canal %s: a tarefa espera por um worker", name, REDIS_CHANNEL)
+    response = head_response(request)
+    response.headers["X-Task-Name"] = name
+    response.response = iter(client)
+    # Um gerador que nunca começou não roda o seu finally.
+    response.call_on_close(client.close)
+    return response
+
+
+def streaming():
+    """Função principal: atende um cliente, da requisição ao fim do streaming.
+
+    Retorna:
+        flask.Response: o streaming ou um erro com status próprio e corpo JSON.
+    """
+    request = flask.request
+    if request.method not in stream_methods:
+        return error_response(405, "method_not_allowed", f"método não atendido; use {allow_header}",
+                              [("Allow", allow_header)])
+    body = read_body(request)
+    if not redis_ping():
+        return error_response(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
+    if not gate.enter():
+        code, message = "too_many_streams", f"o limite de {MAX_STREAMS} streams simultâneos foi atingido"
+        if gate.closed:
+            code, message = "shutdown", "o serviço está parando"
+        return error_response(503, code, message, [("Retry-After", "5")])
+    try:
+        return start_stream(request, body)
+    except BaseException:
+        gate.leave()
+        raise
+
+
+@app.before_request
+def dispatch():
+    """Escolhe quem atende, pelo caminho como o cliente o enviou.
+
+    O roteador do Flask não serve aqui: juntaria barras, decodificaria o caminho e
+    responderia por conta própria a HEAD e OPTIONS.
+
+    Retorna:
+        flask.Response: a resposta.
+    """
+    request = flask.request
+    if request.method == "OPTIONS":
+        return options_response(request)
+    if request_target(request.environ)[0] == "/ping":
+        return ping_response()
+    if request.method == "HEAD":
+        return head_response(request)
+    return streaming()
+
+
+@app.after_request
+def add_headers(response):
+    """Acrescenta os cabeçalhos de toda resposta.
+
+    Argumentos:
+        response (flask.Response): resposta pronta.
+    Retorna:
+        flask.Response: a mesma resposta. O cabeçalho Server é do servidor HTTP,
+        que o enviaria de novo se também saísse daqui.
+    """
+    response.headers["X-Author"] = author
+    response.headers.extend(cors_headers(flask.request.headers.get("Origin")))
+    return response
+
+
+error_codes = {
+    400: ("bad_request", "a requisição não é válida"),
+    408: ("request_timeout", "a requisição não chegou inteira a tempo"),
+    413: ("body_too_large", "o corpo da requisição passa do limite permitido"),
+    414: ("uri_too_long", "o endereço pedido é longo demais"),
+    431: ("headers_too_large", "os cabeçalhos da requisição passam do limite permitido"),
+    500: ("internal", "falha interna do proxy"),
+    501: ("not_implemented", "a requisição usa um recurso que o servidor não atende"),
+    505: ("version_not_supported", "versão do HTTP não atendida"),
+}
+
+
+@app.errorhandler(Exception)
+def handle_exception(error):
+    """Transforma qualquer exceção em um erro JSON.
+
+    Argumentos:
+        error (Exception): exceção não tratada.
+    Retorna:
+        flask.Response: status da exceção HTTP, ou 500.
+    """
+    status = getattr(error, "code", None)
+    if not isinstance(error, werkzeug.exceptions.HTTPException) or status not in error_codes:
+        log.error("falha interna ao atender uma requisição: %s: %s", type(error).__name__, error)
+        log.debug("falha interna ao atender uma requisição", exc_info=True)
+        status = 500
+    return error_response(status, *error_codes[status])
+
+
+def host_error(status, origin):
+    """Monta o erro de uma requisição que nem chega à aplicação.
+
+    Argumentos:
+        status (int): status HTTP.
+        origin (str): cabeçalho Origin, ou None.
+    Retorna:
+        tuple: (corpo em bytes, lista de pares de cabeçalhos, sem Content-Length).
+    """
+    code, message = error_codes.get(status, error_codes[400 if status < 500 else 500])
+    headers = [("Content-Type", "application/json"), ("X-Author", author), *cors_headers(origin)]
+    return error_line(code, message), headers
+
+
+# =============================================================================
+# Servidores HTTP
+# =============================================================================
+# Cada um recebe o socket já escutando, atende até o sinal de parada, deixa de
+# escutar e devolve uma função que diz quantas conexões ainda não terminaram.
+
+backlog = 4096
+# Tempo máximo, em segundos, de um cliente que não envia a requisição ou não lê a
+# resposta.
+client_timeout = 60
+last_chunk = b"0\r\n\r\n"
+
+
+class response_writer(io.BufferedIOBase):
+    """Junta os pedaços de um chunk e os envia de uma vez.
+
+    O werkzeug escreve um chunk em quatro partes e chama flush; depois do último,
+    não chama, e ainda espera 10 ms por dados do cliente antes de fechar.
+    """
+
+    def __init__(self, connection):
+        """Guarda o socket.
+
+        Argumentos:
+            connection (socket.socket): conexão com o cliente.
+        """
+        self.connection = connection
+        self.parts = []
+
+    def writable(self):
+        """Diz que aceita escrita.
+
+        Retorna:
+            bool: sempre verdadeiro.
+        """
+        return True
+
+    def write(self, data):
+        """Guarda um pedaço; o último da resposta sai na hora.
+
+        Argumentos:
+            data (bytes): pedaço.
+        Retorna:
+            int: número de bytes aceitos.
+        """
+        self.parts.append(data)
+        if data == last_chunk:
+            self.flush()
+        return len(data)
+
+    def flush(self):
+        """Envia o que foi guardado.
+
+        Levanta:
+            OSError: se o cliente saiu ou não lê há client_timeout segundos.
+        """
+        data, self.parts = b"".join(self.parts), []
+        if data:
+            self.connection.sendall(data)
+
+
+class flask_handler(werkzeug.serving.WSGIRequestHandler):
+    """Atende uma conexão no servidor do Flask."""
+
+    timeout = client_timeout
+    disable_nagle_algorithm = True
+    live: typing.ClassVar = set()
+
+    def setup(self):
+        """Prepara a conexão."""
+        self.live.add(self)
+        super().setup()
+        self.wfile = response_writer(self.connection)
+
+    def finish(self):
+        """Encerra a conexão."""
+        try:
+            super().finish()
+        finally:
+            self.live.discard(self)
+
+    def version_string(self):
+        """Nomeia o servidor.
+
+        Retorna:
+            str: valor do cabeçalho Server.
+        """
+        return SERVERNAME
+
+    def make_environ(self):
+        """Completa o ambiente WSGI.
+
+        Retorna:
+            dict: ambiente com "ndjson.target", o alvo como veio: self.path já
+            perdeu as barras repetidas do início.
+        """
+        if self.request_version != "HTTP/1.1":
+            # Quem fala HTTP/1.0 não conhece chunks.
+            self.protocol_version = "HTTP/1.0"
+        environ = super().make_environ()
+        environ["ndjson.target"] = self.requestline.split()[1]
+        return environ
+
+    def handle_expect_100(self):
+        """Deixa o "100 Continue" para o werkzeug, que também o enviaria.
+
+        Retorna:
+            bool: falso se o corpo anunciado passa de MAX_BODY e foi recusado.
+        """
+        length = self.headers.get("Content-Length", "0")
+        if length.isdecimal() and int(length) > MAX_BODY:
+            self.send_error(413)
+            return False
+        return True
+
+    def run_wsgi(self):
+        """Atende a requisição; o "100 Continue" sai sem esperar pelo buffer."""
+        if self.headers.get("Expect", "").lower().strip() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.wfile.flush()
+            del self.headers["Expect"]
+        super().run_wsgi()
+
+    def send_error(self, code, message=None, explain=None):
+        """Responde a uma requisição que não chega à aplicação.
+
+        Argumentos:
+            code (int): status HTTP.
+            message (str): sem uso.
+            explain (str): sem uso.
+        """
+        headers = getattr(self, "headers", None)
+        body, fields = host_error(int(code), headers.get("Origin") if headers else None)
+        self.close_connection = True
+        # Uma linha de requisição sem versão faria o http.server omitir tudo.
+        self.request_version = "HTTP/1.0"
+        self.send_response(int(code))
+        for name, value in (*fields, ("Content-Length", str(len(body))), ("Connection", "close")):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+    def log(self, type, message, *args):
+        """Leva ao nosso log, em debug, o que o servidor diria.
+
+        Argumentos:
+            type (str): nível.
+            message (str): formato.
+            args (object): argumentos do formato.
+        """
+        log.debug("servidor HTTP: " + message, *args)
+
+    def log_request(self, code="-", size="-"):
+        """Não registra: cada tarefa já tem a sua linha.
+
+        Argumentos:
+            code (int): status HTTP.
+            size (int): tamanho da resposta.
+        """
+
+
+def open_listener():
+    """Abre o socket em que o servidor escuta.
+
+    Retorna:
+        socket.socket: socket escutando em HTTP_HOST e HTTP_PORT.
+    Levanta:
+        OSError: se o endereço não existe ou a porta está ocupada.
+    """
+    family = socket.AF_INET6 if ":" in HTTP_HOST else socket.AF_INET
+    address = socket.getaddrinfo(HTTP_HOST, HTTP_PORT, family, socket.SOCK_STREAM)[0][4]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(address)
+        listener.listen(backlog)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def serve_flask(listener):
+    """Atende com o servidor do Flask, uma thread por cliente.
+
+    Argumentos:
+        listener (socket.socket): socket escutando.
+    Retorna:
+        callable: função que devolve o número de conexões vivas.
+    """
+    # O werkzeug só aceita um socket pronto pela porta de seu recarregador. Por
+    # ela, a porta já está aberta quando o systemd é avisado, uma porta ocupada é
+    # dita com a nossa frase, e o aviso de "servidor de desenvolvimento" não sai.
+    os.environ |= {"WERKZEUG_RUN_MAIN": "true", "WERKZEUG_SERVER_FD": str(listener.fileno())}
+    app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, use_reloader=False,
+            load_dotenv=False, request_handler=flask_handler)
+    listener.close()
+    return lambda: len(flask_handler.live)
+
+
+class waitress_error(waitress.task.ErrorTask):
+    """Erro do waitress no mesmo formato dos outros."""
+
+    def execute(self):
+        """Escreve a resposta de erro."""
+        status = self.request.error.code
+        body, headers = host_error(status, self.request.headers.get("ORIGIN"))
+        self.status = f"{status} {self.request.error.reason}"
+        self.response_headers.extend(headers)
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class waitress_channel(waitress.channel.HTTPChannel):
+    """Conexão do waitress com os nossos erros."""
+
+    error_task_class = waitress_error
+
+
+class waitress_dispatcher(waitress.task.ThreadedTaskDispatcher):
+    """Threads do waitress criadas à medida que os clientes chegam.
+
+    O número fixo do waitress teria de ser o de MAX_STREAMS desde o início, ou o
+    quinto cliente esperaria pelo fim de um dos quatro primeiros.
+    """
+
+    def add_task(self, task):
+        """Entrega uma conexão a uma thread livre, criando-a se preciso.
+
+        Argumentos:
+            task (waitress_channel): conexão com uma requisição completa.
+        """
+        with self.lock:
+            free = len(self.threads) - self.stop_count - self.active_count - len(self.queue)
+        if free <= 0 and len(self.threads) < MAX_STREAMS + spare_threads:
+            self.set_thread_count(len(self.threads) + 1)
+        super().add_task(task)
+
+
+# Threads e conexões do waitress além de MAX_STREAMS: respondem 503 e /ping.
+spare_threads = 16
+spare_connections = 1024
+
+
+def serve_waitress(listener):
+    """Atende com o waitress.
+
+    Argumentos:
+        listener (socket.socket): socket escutando.
+    Retorna:
+        callable: função que devolve o número de conexões com resposta pendente.
+    """
+    server = waitress.create_server(
+        app, sockets=[listener], ident=SERVERNAME, threads=1, backlog=backlog,
+        connection_limit=MAX_STREAMS + spare_connections, asyncore_use_poll=True,
+        channel_request_lookahead=1, channel_timeout=client_timeout,
+        # O 413 de um corpo sem Content-Length é dado pela aplicação.
+        max_request_body_size=MAX_BODY + 1, clear_untrusted_proxy_headers=False,
+        log_socket_errors=False,
+    )
+    server.channel_class = waitress_channel
+    server.task_dispatcher.set_thread_count(0)
+    server.task_dispatcher = waitress_dispatcher()
+    server.task_dispatcher.set_thread_count(spare_threads)
+
+    def close_listener():
+        """Deixa de escutar; roda na thread do laço do waitress."""
+        server.accepting = False
+        server.del_channel()
+        listener.close()
+
+    def unfinished():
+        """Conta as conexões com resposta pendente.
+
+        Retorna:
+            int: número de conexões.
+        """
+        channels = list(server.active_channels.values())
+        return sum(1 for channel in channels if channel.requests or channel.total_outbufs_len)
+
+    # O laço do waitress envia e fecha as respostas: deve viver até o fim delas.
+    threading.Thread(target=server.run, name="waitress", daemon=True).start()
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        server.pull_trigger(close_listener)
+    return unfinished
+
+
+hosts = {"flask": serve_flask, "waitress": serve_waitress}
+
+
+# =============================================================================
+# Sinais e programa principal
+# =============================================================================
+
+stop_signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+hub: collector
+gate = stream_gate()
+
+
+def handle_signal(number, frame):
+    """Pede a parada; um segundo sinal encerra na hora, pela ação padrão.
+
+    Argumentos:
+        number (int): número do sinal.
+        frame (frame): quadro interrompido.
+    Levanta:
+        KeyboardInterrupt: sempre; é como o laço do werkzeug aceita parar.
+    """
+    for each in stop_signals:
+        signal.signal(each, signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def shown_value(row, given):
+    """Mostra o valor efetivo de uma configuração.
+
+    Argumentos:
+        row (setting): linha da tabela.
+        given (layered): texto e camada.
+    Retorna:
+        str: o texto, mascarado se for segredo.
+    """
+    if row.secret:
+        return "********" if given.text else ""
+    if row.name == "REDIS_SERVER":
+        return REDIS_SERVER.shown
+    return given.text
+
+
+def check(given):
+    """Mostra as configurações e testa o Redis (--check).
+
+    Argumentos:
+        given (dict): texto e camada de cada configuração.
+    Retorna:
+        int: 0 se o Redis respondeu; 1 se não.
+    """
+    for row in settings:
+        print(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})")
+    link = redis_link(redis_pool(), f"{program}-check")
+    try:
+        link.open()
+        error = first_error(link.call([("PING",)]))
+    except (redis.RedisError, OSError) as failure:
+        error = failure
+    link.close()
+    print(f"Redis em {REDIS_SERVER.shown}: " + (f"falhou: {error}" if error else "respondeu ao PING"))
+    return 1 if error else 0
+
+
+def stop_service(unfinished):
+    """Encerra os streams vivos dentro do prazo e apaga suas chaves.
+
+    Argumentos:
+        unfinished (callable): devolve o número de conexões não terminadas.
+    """
+    notify_systemd("STOPPING=1")
+    gate.close()
+    log.info("parando: %d streams têm até %d ms para acabar", gate.alive, DRAIN)
+    if not gate.wait_empty(DRAIN / 1000):
+        hub.broadcast(ended_shutdown)
+        gate.wait_empty(shutdown_patience)
+    deadline = time.monotonic() + shutdown_patience
+    while unfinished() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    hub.stop(shutdown_patience)
+    log.info("parado")
+
+
+# Tempo, em segundos, que o fim de cada etapa da parada pode levar além de DRAIN.
+shutdown_patience = 1.0
+
+
+def serve():
+    """Conecta ao Redis, abre a porta e atende até o sinal de parada.
+
+    Retorna:
+        int: 0 se parou por um sinal; 1 se o Redis ou a porta não atenderam.
+    """
+    global hub
+    hub = collector()
+    try:
+        hub.open_main()
+    except (redis.RedisError, OSError) as error:
+        log.error("o Redis em %s não atende: %s", REDIS_SERVER.shown, error)
+        return 1
+    try:
+        listener = open_listener()
+    except OSError as error:
+        log.error("a porta %d em %s não pode ser aberta: %s", HTTP_PORT, HTTP_HOST, error.strerror)
+        return 1
+    for each in stop_signals:
+        signal.signal(each, handle_signal)
+    hub.start()
+    host = f"[{HTTP_HOST}]" if ":" in HTTP_HOST else HTTP_HOST
+    try:
+        log.info("pronto: http://%s:%d (%s), Redis em %s", host, listener.getsockname()[1], HTTP_SERVER,
+                 REDIS_SERVER.shown)
+        notify_systemd("READY=1")
+        unfinished = hosts[HTTP_SERVER](listener)
+    except KeyboardInterrupt:
+        unfinished = int
+    stop_service(unfinished)
+    return 0
+
+
+def main(argv):
+    """Programa principal.
+
+    Argumentos:
+        argv (list[str]): argumentos, sem o nome do programa.
+    Retorna:
+        int: status de saída: 0 parada limpa, 1 Redis ou porta, 2 configuração.
+    """
+    try:
+        actions, given, warnings = load_settings(argv, os.environ)
+    except configuration_error as error:
+        configure_logging("info")
+        log.error("%s", error)
+        return 2
+    if "help" in actions:
+        print(build_parser().format_help(), end="")
+        return 0
+    if "version" in actions:
+        print(f"{program} {version}")
+        return 0
+    configure_logging(LOG_LEVEL)
+    for warning in warnings:
+        log.warning("%s", warning)
+    return check(given) if "check" in actions else serve()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
