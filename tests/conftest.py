@@ -4,7 +4,9 @@ import contextlib
 import gc
 import itertools
 import os
+import pathlib
 import sys
+import tempfile
 import threading
 import types
 
@@ -17,6 +19,10 @@ import harness
 
 # O json-proxy.py é importado por algumas provas: nada de __pycache__ ao lado dele.
 sys.dont_write_bytecode = True
+
+# A árvore pode ser só de leitura: o que o hypothesis guarda vai para a pasta temporária.
+scratch = pathlib.Path(tempfile.gettempdir()) / f"py-ndjson-proxy-hypothesis-{os.getuid()}"
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(scratch))
 
 hypothesis.settings.register_profile(
     "suite",
@@ -165,11 +171,13 @@ def start_redis(tmp_path):
 
     yield start
     rest = []
-    for server in servers:
-        if server.alive():
-            server.thaw()
-            rest += server.leftovers()
-        server.stop()
+    with contextlib.ExitStack() as stack:
+        for server in servers:
+            stack.callback(server.stop)
+        for server in servers:
+            if server.alive():
+                server.thaw()
+                rest += server.leftovers()
     assert not rest, f"chaves que sobraram: {rest}"
 
 

@@ -887,7 +887,9 @@ class connection:
             pairs.append(("Content-Length", str(len(data))))
         raw_target = target if isinstance(target, bytes) else target.encode()
         rows = [b" ".join((method.encode(), raw_target, version.encode()))]
-        rows += [name.encode() + b": " + (value if isinstance(value, bytes) else value.encode()) for name, value in pairs]
+        rows += [
+            name.encode() + b": " + (value if isinstance(value, bytes) else value.encode()) for name, value in pairs
+        ]
         self.method = method
         self.send(b"\r\n".join(rows) + b"\r\n\r\n" + (data or b""))
         return self
