@@ -37,10 +37,10 @@ Consulta
 import argparse
 import base64
 import collections
+import contextlib
 import difflib
 import heapq
 import io
-import ipaddress
 import itertools
 import json
 import logging
@@ -353,30 +353,30 @@ settings = [
             "arquivo com as configurações que ficam abaixo do ambiente e dos argumentos"),
 ]
 
-# Uma anotação por linha da tabela; load_settings lhes dá o valor.
-HTTP_PORT: int
-HTTP_HOST: str
-HTTP_SERVER: str
-SERVERNAME: str
-CORS_ORIGIN: frozenset
-REDIS_SERVER: redis_address
-REDIS_PASSWORD: str
-REDIS_CHANNEL: str
-REDIS_PREFIX: str
-REDIS_LIST_PREFIX: str
-REDIS_TTL: int
-REDIS_WAKE: bool
-INTERVAL: int
-PAUSE: int
-MAXTIME: int
-MAXTIME_ERROR: bytes
-HEARTBEAT: int
-HEARTBEAT_LINE: bytes
-DRAIN: int
-MAX_STREAMS: int
-MAX_BODY: int
-LOG_LEVEL: str
-ENV_FILE: str
+# Uma variável global por linha da tabela; load_settings lhes dá o valor.
+HTTP_PORT: int = ...
+HTTP_HOST: str = ...
+HTTP_SERVER: str = ...
+SERVERNAME: str = ...
+CORS_ORIGIN: frozenset = ...
+REDIS_SERVER: redis_address = ...
+REDIS_PASSWORD: str = ...
+REDIS_CHANNEL: str = ...
+REDIS_PREFIX: str = ...
+REDIS_LIST_PREFIX: str = ...
+REDIS_TTL: int = ...
+REDIS_WAKE: bool = ...
+INTERVAL: int = ...
+PAUSE: int = ...
+MAXTIME: int = ...
+MAXTIME_ERROR: bytes = ...
+HEARTBEAT: int = ...
+HEARTBEAT_LINE: bytes = ...
+DRAIN: int = ...
+MAX_STREAMS: int = ...
+MAX_BODY: int = ...
+LOG_LEVEL: str = ...
+ENV_FILE: str = ...
 
 
 class layered(typing.NamedTuple):
@@ -444,7 +444,8 @@ def read_arguments(argv):
     except argparse.ArgumentError as error:
         flag = error.argument_name or "argumento"
         raise configuration_error(
-            f"{flag}: falta o valor do argumento, ou ele não leva valor (um valor que começa com - se escreve --opção=-valor)"
+            f"{flag}: falta o valor do argumento, ou ele não leva valor "
+            "(um valor que começa com - se escreve --opção=-valor)"
         ) from None
     if unknown:
         flags = [flag for row in settings for flag in row.flags] + ["--check", "--version", "--help"]
@@ -1284,10 +1285,8 @@ class collector(threading.Thread):
             descriptor (int): descritor do socket, talvez já fechado.
         """
         self.clients.pop(descriptor, None)
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self.poller.unregister(descriptor)
-        except (OSError, ValueError):
-            pass
 
     # -- conexões -------------------------------------------------------------
 
