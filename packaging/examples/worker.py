@@ -1,0 +1,141 @@
+#!/usr/bin/env python3
+"""Worker de exemplo do py-ndjson-proxy: recebe tarefas e responde em partes.
+
+Só precisa de redis-py. Lê REDIS_SERVER, REDIS_PASSWORD e REDIS_CHANNEL do ambiente,
+como o proxy. Para fazer o seu worker, troque a função answer().
+"""
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+
+import redis
+import redis.backoff
+import redis.retry
+
+REDIS_SERVER = os.environ.get("REDIS_SERVER") or "127.0.0.1:6379/1"
+REDIS_PASSWORD = os.environ.get("REDIS_PASSWORD") or None
+REDIS_CHANNEL = os.environ.get("REDIS_CHANNEL") or "ndjson_jobs"
+DELAY = 0.3                     # segundos entre as palavras (--delay)
+expiry = 600                    # segundos; nada do que o worker cria dura mais que isso
+stopping = threading.Event()    # o sinal de término só levanta esta bandeira
+
+
+def answer(task):
+    """TROQUE ESTA. Recebe o dict da tarefa; produz objetos, cada um uma linha para o cliente."""
+    text = task["body"]
+    try:
+        body = json.loads(text)
+        text = next(str(body[name]) for name in ("chatInput", "message", "prompt") if name in body)
+    except (ValueError, TypeError, StopIteration):
+        pass                    # não é JSON, ou não tem esses campos: vale o texto cru
+    yield {"type": "begin"}
+    for word in text.split():
+        time.sleep(DELAY)
+        yield {"type": "item", "content": word + " "}
+    yield {"type": "end"}
+
+
+def log(text):
+    """Escreve text em stderr, numa linha. Sem retorno."""
+    sys.stderr.write(f"worker: {text}\n")
+
+
+def persist(action):
+    """Chama action(again) até o Redis responder (again: é repetição?). Retorna o que ela retornar."""
+    pause, again = 0.25, False
+    while True:
+        try:
+            return action(again)
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
+            if stopping.wait(pause):
+                raise
+            pause, again = min(pause * 2, 8), True
+
+
+def lines(task):
+    """Chama answer(task) e produz o texto de cada linha; erro ou término viram a última."""
+    try:
+        for part in answer(task):
+            if stopping.is_set():   # avisar é melhor que deixar o cliente esperar até MAXTIME
+                raise InterruptedError("worker encerrado")
+            yield json.dumps(part, ensure_ascii=False)
+    except Exception as error:      # um defeito em answer() também não pode calar o cliente
+        log(f"tarefa {task['task_name']}: {error!r}")
+        yield json.dumps({"error": "worker_failed"})
+
+
+def serve(link, task_key):
+    """Responde a tarefa de task_key pela conexão link, numa thread só dela. Sem retorno."""
+    claim, owner = b"worker:claim:" + task_key, uuid.uuid4().hex
+    try:
+        # PUBLISH chega a todos os workers; SET NX deixa passar um só. O valor da posse
+        # (dono:linhas) conta o que já foi gravado, caso a conexão caia sem resposta.
+        mark = f"{owner}:0".encode()
+        if not persist(lambda again: link.set(claim, mark, nx=True, ex=expiry)
+                       or again and link.get(claim) == mark):
+            return
+        text = persist(lambda again: link.get(task_key))
+        if text is None:            # o cliente já desistiu
+            return
+        task = json.loads(text)
+        for number, line in enumerate(lines(task), 1):
+            mark = f"{owner}:{number}".encode()
+
+            def push(again, mark=mark, line=line):
+                if again and link.get(claim) == mark:
+                    return True     # a linha foi gravada; só a resposta se perdeu
+                # Em transação, o proxy não apaga nada entre o EXISTS e o RPUSH; e o
+                # EXPIRE dá fim à lista mesmo que este processo morra aqui.
+                with link.pipeline(transaction=True) as batch:
+                    batch.exists(task_key).rpush(task["task_list"], line)
+                    batch.expire(task["task_list"], expiry).set(claim, mark, ex=expiry)
+                    return batch.execute()[0]
+
+            if not persist(push):   # a chave sumiu: o cliente saiu, ou esgotou o tempo;
+                link.delete(task["task_list"])      # nosso RPUSH recriou a lista, sem leitor
+                return
+        persist(lambda again: link.delete(task_key))    # "acabou"; a lista o proxy ainda lê
+    except (redis.exceptions.RedisError, ValueError, KeyError) as error:
+        log(f"tarefa {task_key.decode(errors='replace')} abandonada: {error}")
+
+
+def listen(link):
+    """Assina o canal pela conexão link e abre uma thread por tarefa, até o término. Sem retorno."""
+    pause = 0
+    while not stopping.is_set():
+        channel = link.pubsub()
+        try:
+            channel.subscribe(REDIS_CHANNEL)
+            while not stopping.is_set():
+                message = channel.get_message(timeout=0.5) or {"type": None}
+                if message["type"] == "subscribe":
+                    log(f"inscrito no canal {REDIS_CHANNEL}")
+                    pause = 0
+                elif message["type"] == "message":
+                    threading.Thread(target=serve, args=(link, message["data"])).start()
+        except redis.exceptions.RedisError as error:
+            if not pause:           # uma linha por queda, não uma por tentativa
+                log(f"sem Redis, tentando de novo até conseguir: {error}")
+            pause = min(pause * 2 or 0.25, 8)
+            stopping.wait(pause)
+        finally:
+            channel.close()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Worker de exemplo do py-ndjson-proxy.")
+    parser.add_argument("--delay", type=float, default=DELAY, help="segundos entre as palavras")
+    DELAY = parser.parse_args().delay
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    # Sem repetição automática: um RPUSH que rodou e cuja resposta se perdeu rodaria
+    # de novo, e o cliente receberia a linha duas vezes (o redis-py repete desde a 6.0).
+    listen(redis.Redis.from_url(
+        REDIS_SERVER if "://" in REDIS_SERVER else "redis://" + REDIS_SERVER,
+        password=REDIS_PASSWORD, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+        socket_timeout=10, health_check_interval=15, max_connections=10000))
