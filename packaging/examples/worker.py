@@ -135,7 +135,10 @@ if __name__ == "__main__":
         signal.signal(number, lambda *_: stopping.set())
     # Sem repetição automática: um RPUSH que rodou e cuja resposta se perdeu rodaria
     # de novo, e o cliente receberia a linha duas vezes (o redis-py repete desde a 6.0).
-    listen(redis.Redis.from_url(
+    redis_link = redis.Redis.from_url(
         REDIS_SERVER if "://" in REDIS_SERVER else "redis://" + REDIS_SERVER,
-        password=REDIS_PASSWORD, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-        socket_timeout=10, health_check_interval=15, max_connections=10000))
+        retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+        socket_timeout=10, health_check_interval=15, max_connections=10000)
+    if REDIS_PASSWORD:              # vale mais que a senha da URL, como no proxy
+        redis_link.connection_pool.connection_kwargs["password"] = REDIS_PASSWORD
+    listen(redis_link)

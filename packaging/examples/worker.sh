@@ -25,7 +25,7 @@ case $rest in *[?]*) case ${rest#*[?]} in *db=*) database=${rest##*db=} database
 rest=${rest%%[?]*}
 case $rest in *@*)
     user=${rest%@*} rest=${rest##*@}
-    case $user in *:*) REDISCLI_AUTH=$(decode "${user#*:}") ;; esac
+    case $user in *:*) REDISCLI_AUTH=${REDISCLI_AUTH:-$(decode "${user#*:}")} ;; esac
     user=$(decode "${user%%:*}")
     [ -z "$user" ] || options+=(--user "$user") ;;
 esac
