@@ -1,0 +1,307 @@
+"""Ferramentas das provas de streaming que vão além de harness.py: tarefas abertas aos pares, um worker que sobrevive à
+queda do Redis, um intermediário que corta a conexão antes da resposta, e a hora de chegada dada pelo núcleo."""
+
+import contextlib
+import selectors
+import socket
+import struct
+import threading
+import time
+
+import redis
+import redis.backoff
+import redis.retry
+
+import harness
+
+# SO_TIMESTAMPNS: o núcleo anota a hora em que o dado chegou, que não depende de quando esta prova o leu.
+timestamp_option = 35
+
+# Trecho que só aparece quando o proxy passa a depender da consulta periódica.
+polling_only = "só a consulta periódica"
+
+
+def open_stream(connect, proxy, worker, *args, **options):
+    """Abre um streaming e recebe sua tarefa.
+
+    Argumentos:
+        connect: o acessório de mesmo nome.
+        proxy: o proxy.
+        worker: o harness.worker que recebe a tarefa.
+        args, options: os de connection.request.
+
+    Retorno:
+        Par (response com o cabeçalho lido, task).
+    """
+    response = connect(proxy).request(*args, **options).response()
+    assert response.status == 200, response.head
+    task = worker.next()
+    assert response.header("X-Task-Name") == task.name
+    return response, task
+
+
+def open_streams(connect, proxy, worker, count):
+    """Abre muitos streamings ao mesmo tempo.
+
+    Argumentos:
+        connect: o acessório de mesmo nome.
+        proxy: o proxy.
+        worker: o harness.worker que recebe as tarefas.
+        count: quantos.
+
+    Retorno:
+        Lista de pares (response, task), na ordem das conexões.
+    """
+    connections = [connect(proxy).request("POST", f"/{number}") for number in range(count)]
+    tasks = [worker.next(10) for _ in connections]
+    named = {task.name: task for task in tasks}
+    responses = [item.response() for item in connections]
+    assert [response.status for response in responses] == [200] * count
+    return [(response, named[response.header("X-Task-Name")]) for response in responses]
+
+
+def finished_rows(proxy):
+    """Lê as linhas de fim de tarefa do log (um aviso também pode nomear uma tarefa).
+
+    Argumentos:
+        proxy: o proxy.
+
+    Retorno:
+        Lista de dicionários dos campos.
+    """
+    return [row for row in proxy.tasks() if "fim" in row]
+
+
+def finished_row(proxy, task):
+    """Espera a linha de log do fim de uma tarefa, que deve ser uma só.
+
+    Argumentos:
+        proxy: o proxy.
+        task: a tarefa.
+
+    Retorno:
+        Dicionário dos campos da linha.
+    """
+
+    def look():
+        """Devolve as linhas de fim desta tarefa."""
+        return [row for row in finished_rows(proxy) if row["tarefa"] == task.name]
+
+    rows = harness.eventually(look, 5, f"linha de log da tarefa {task.name}")
+    assert len(rows) == 1, rows
+    return rows[0]
+
+
+def wait_empty(client, timeout=2.0):
+    """Espera que não reste chave alguma no banco.
+
+    Argumentos:
+        client: um redis.Redis.
+        timeout: prazo em segundos.
+    """
+    harness.eventually(lambda: not client.keys("*"), timeout, "banco sem chaves")
+
+
+def limited_user(server, *rules):
+    """Cria no Redis um usuário que pode tudo, menos o que as regras tiram.
+
+    Argumentos:
+        server: o harness.redis_server.
+        rules: regras de ACL aplicadas depois de +@all.
+
+    Retorno:
+        Ambiente do proxy (dict) com o REDIS_SERVER desse usuário.
+    """
+    with contextlib.closing(server.new_client()) as client:
+        client.execute_command("ACL", "SETUSER", "limitado", "on", ">senha", "~*", "&*", "+@all", *rules)
+    return {"REDIS_SERVER": f"redis://limitado:senha@{server.address}"}
+
+
+def stamped_lines(response, timeout=20.0):
+    """Lê o resto de uma resposta com a hora de chegada dada pelo núcleo, imune à demora desta prova em ler.
+
+    Argumentos:
+        response: a response, com o cabeçalho lido.
+        timeout: prazo em segundos.
+
+    Retorno:
+        Lista de linhas (arrived), com `when` no relógio de parede.
+    """
+    sock = response.conn.sock
+    sock.setsockopt(socket.SOL_SOCKET, timestamp_option, 1)
+    deadline = time.monotonic() + timeout
+    while not response.ended:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        data, extra, _, _ = sock.recvmsg(65536, 256)
+        when = time.time()
+        for _, kind, value in extra:
+            if kind == timestamp_option:
+                seconds, nanoseconds = struct.unpack("qq", value[:16])
+                when = seconds + nanoseconds / 1e9
+        response.feed(data, when)
+    return response.lines()
+
+
+def plain_client(server):
+    """Abre um cliente do Redis que não repete comando por conta própria; quem chama o fecha.
+
+    Argumentos:
+        server: o harness.redis_server.
+
+    Retorno:
+        Um redis.Redis.
+    """
+    return server.new_client(retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+
+
+class pusher(threading.Thread):
+    """Worker que empurra linhas numeradas e atravessa a queda do Redis sem perder nem repetir nenhuma.
+
+    Cada linha vai numa transação com a marca do que já foi empurrado: depois de uma queda, é a marca que diz por onde
+    continuar. Ao fim apaga a chave da tarefa e a marca.
+    """
+
+    def __init__(self, server, task, total, pace):
+        """Prepara o worker.
+
+        Argumentos:
+            server: o harness.redis_server.
+            task: a tarefa.
+            total: quantas linhas.
+            pace: intervalo entre linhas, em segundos.
+        """
+        super().__init__(name="pusher", daemon=True)
+        self.server, self.task, self.total, self.pace = server, task, total, pace
+        self.mark = f"marca-{task.name}"
+        self.number = 0
+        self.halt = threading.Event()
+
+    def run(self):
+        """Empurra tudo, refazendo a conexão quantas vezes for preciso."""
+        while not self.halt.wait(0.01):
+            with contextlib.suppress(redis.RedisError), contextlib.closing(plain_client(self.server)) as client:
+                if self.number < self.total:
+                    self.number = int(client.get(self.mark) or 0)
+                    self.push(client)
+                client.delete(self.task.key, self.mark)
+                return
+
+    def push(self, client):
+        """Empurra o que falta.
+
+        Argumentos:
+            client: um redis.Redis.
+        """
+        while self.number < self.total:
+            with client.pipeline(transaction=True) as pipe:
+                pipe.rpush(self.task.list, f'{{"n": {self.number}}}')
+                pipe.set(self.mark, self.number + 1)
+                pipe.execute()
+            self.number += 1
+            if self.halt.wait(self.pace):
+                raise redis.ConnectionError("prova encerrada")
+
+    def close(self):
+        """Para e espera a linha de execução."""
+        self.halt.set()
+        self.join(10)
+        assert not self.is_alive()
+
+
+class relay(threading.Thread):
+    """Intermediário de TCP entre o proxy e o Redis que sabe perder uma resposta.
+
+    cut_after(trecho, vezes) faz com que os próximos pedidos que contenham o trecho cheguem ao Redis e rodem, mas a
+    resposta se perca com a conexão: o pior momento para uma queda.
+    """
+
+    def __init__(self, port):
+        """Começa a escutar e a repassar.
+
+        Argumentos:
+            port: porta do Redis.
+        """
+        super().__init__(name="relay", daemon=True)
+        self.target = port
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.bell, self.hand = socket.socketpair()
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.listener, selectors.EVENT_READ)
+        self.selector.register(self.bell, selectors.EVENT_READ)
+        self.needle, self.left, self.cuts = b"", 0, 0
+        self.doomed = set()
+        self.start()
+
+    @property
+    def address(self):
+        """Endereço na forma de REDIS_SERVER (str)."""
+        return f"127.0.0.1:{self.port}/{harness.default_db}"
+
+    def cut_after(self, needle, times=1):
+        """Perde as respostas dos próximos pedidos.
+
+        Argumentos:
+            needle: bytes procurados no pedido.
+            times: quantas respostas perder.
+        """
+        self.needle, self.left = needle, times
+
+    def run(self):
+        """Repassa até close."""
+        while True:
+            for key, _ in self.selector.select():
+                if key.fileobj is self.bell:
+                    return
+                if key.fileobj is self.listener:
+                    self.accept()
+                elif key.fileobj.fileno() >= 0:
+                    self.forward(key.fileobj, *key.data)
+
+    def accept(self):
+        """Aceita uma conexão e abre a correspondente com o Redis."""
+        near = self.listener.accept()[0]
+        try:
+            far = socket.create_connection(("127.0.0.1", self.target))
+        except OSError:
+            near.close()
+            return
+        for sock in (near, far):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.selector.register(near, selectors.EVENT_READ, (far, True))
+        self.selector.register(far, selectors.EVENT_READ, (near, False))
+
+    def forward(self, sock, other, is_request):
+        """Repassa um trecho, ou corta a conexão no lugar da resposta.
+
+        Argumentos:
+            sock: de onde vem.
+            other: para onde vai.
+            is_request: verdadeiro do proxy para o Redis.
+        """
+        data = b""
+        with contextlib.suppress(OSError):
+            data = sock.recv(1 << 20)
+        if is_request and self.left and self.needle in data:
+            self.left -= 1
+            self.doomed.add(other)
+        if not is_request and sock in self.doomed:
+            self.cuts += 1
+            data = b""
+        with contextlib.suppress(OSError):
+            other.sendall(data)
+        if not data:
+            self.doomed.discard(sock if not is_request else other)
+            for each in (sock, other):
+                self.selector.unregister(each)
+                each.close()
+
+    def close(self):
+        """Fecha tudo e espera a linha de execução."""
+        self.hand.send(b"x")
+        self.join(10)
+        assert not self.is_alive()
+        for key in list(self.selector.get_map().values()):
+            key.fileobj.close()
+        self.selector.close()
+        self.hand.close()

@@ -1,0 +1,365 @@
+"""O streaming: ordem, fim, ritmo (PAUSE, MAXTIME, HEARTBEAT), leitura literal, saída do cliente, chaves e log."""
+
+import json
+import time
+import uuid
+
+import pytest
+
+import harness
+import support
+
+eof_words = ("EOF", "EOL", "END-OF-FILE", "END-OF-LIST")
+
+
+def test_task_exists_when_the_message_arrives(shared_proxy, connect, worker):
+    """O SET vem antes do PUBLISH: a chave existe, com validade, quando o aviso chega; vinte vezes."""
+    for number in range(20):
+        response, task = support.open_stream(
+            connect, shared_proxy, worker, "POST", f"/{number}", body=f"corpo {number}"
+        )
+        assert task.info["body"] == f"corpo {number}"
+        assert task.key == harness.default_prefix + task.name == task.info["task_key"]
+        assert uuid.UUID(task.name).version == 4
+        assert 590 <= task.client.ttl(task.key) <= 600
+        task.finish()
+        assert response.lines() == []
+
+
+def test_lines_arrive_as_they_are_pushed(shared_proxy, connect, worker):
+    """Cada linha sai logo que é empurrada, na ordem, num pedaço só, e o corpo termina com a chave."""
+    response, task = support.open_stream(connect, shared_proxy, worker)
+    for number in range(10):
+        task.push(f'{{"n": {number}}}')
+        pushed = time.monotonic()
+        line = response.line()
+        assert json.loads(line) == {"n": number}
+        assert line.when - pushed < 1
+    task.delete()
+    assert response.lines(2) == []
+    assert [len(chunk.splitlines()) for chunk in response.chunks] == [1] * 10
+    assert response.conn.at_end()
+
+
+def test_lines_before_delete_are_not_lost(start_proxy, host, connect, worker):
+    """Empurrar e apagar em comandos separados, um em seguida do outro: nada do que veio antes do DEL se perde."""
+    proxy = start_proxy("-P", 1)
+    for count in range(12):
+        response, task = support.open_stream(connect, proxy, worker)
+        for number in range(count):
+            task.push(f"{count}-{number}")
+        task.delete()
+        assert response.lines() == [f"{count}-{number}".encode() for number in range(count)]
+
+
+def test_five_thousand_lines_and_delete_in_one_transaction(start_proxy, host, connect, worker):
+    """PAUSE=0: 5.000 elementos e o DEL num MULTI só chegam todos, em ordem."""
+    proxy = start_proxy("-P", 0)
+    response, task = support.open_stream(connect, proxy, worker)
+    with task.client.pipeline(transaction=True) as pipe:
+        for number in range(5000):
+            pipe.rpush(task.list, f'{{"n": {number}}}')
+        pipe.delete(task.key)
+        pipe.execute()
+    assert response.lines() == [f'{{"n": {number}}}'.encode() for number in range(5000)]
+    row = support.finished_row(proxy, task)
+    assert (row["fim"], row["linhas"], row["bytes"]) == ("concluida", "5000", str(len(response.body())))
+
+
+def test_large_lines_with_pause_zero(start_proxy, host, connect, worker):
+    """PAUSE=0: linhas maiores que o limite de uma retirada (uma de 3 MB entre elas) chegam inteiras e em ordem."""
+    proxy = start_proxy("-P", 0)
+    response, task = support.open_stream(connect, proxy, worker)
+    lines = [bytes([97 + number]) * size for number, size in enumerate((200_000, 300_000, 1, 3_000_000, 2, 262_144, 3))]
+    task.finish(*lines)
+    assert response.lines(20) == lines
+
+
+def test_pause_separates_lines(start_proxy, host, connect, worker):
+    """PAUSE=300: duas linhas nunca chegam com menos de 270 ms entre si, nem as que já estavam na lista."""
+    proxy = start_proxy("--pause", 300)
+    response, task = support.open_stream(connect, proxy, worker)
+    task.finish(*[str(number) for number in range(6)])
+    lines = support.stamped_lines(response)
+    assert lines == [str(number).encode() for number in range(6)]
+    gaps = [after.when - before.when for before, after in zip(lines, lines[1:], strict=False)]
+    assert min(gaps) >= 0.270, gaps
+    assert max(gaps) < 1.0, gaps
+
+
+def test_maxtime_counts_from_the_request(start_proxy, host, connect, worker):
+    """Sem linha alguma, MAXTIME conta da requisição; a última linha é MAXTIME_ERROR, e as chaves somem."""
+    proxy = start_proxy("-t", 700)
+    began = time.monotonic()
+    response, task = support.open_stream(connect, proxy, worker)
+    line = response.line()
+    assert json.loads(line) == {"error": "timeout"}
+    assert 0.7 <= line.when - began < 1.7
+    assert response.lines() == []
+    support.wait_empty(task.client)
+
+
+def test_maxtime_counts_from_the_last_line(start_proxy, host, connect, worker):
+    """Cada linha recomeça MAXTIME: um streaming mais longo que ele, com linhas no meio, só vence depois da última."""
+    proxy = start_proxy("-t", 700)
+    began = time.monotonic()
+    response, task = support.open_stream(connect, proxy, worker)
+    for number in range(4):
+        response.conn.silent(0.35)
+        task.push(str(number))
+        pushed = time.monotonic()
+        assert response.line() == str(number).encode()
+    line = response.line()
+    assert json.loads(line) == {"error": "timeout"}
+    assert line.when - began > 4 * 0.35 + 0.7
+    assert 0.7 <= line.when - pushed < 1.7
+    assert response.lines() == []
+    support.wait_empty(task.client)
+    assert support.finished_row(proxy, task)["fim"] == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ('{\r\n  "error":\n  "demorou"\r\n}\n', '{    "error":   "demorou"  }'),
+        ("não\u0085é\u2028JSON", "não\\u0085é\\u2028JSON"),
+    ],
+)
+def test_maxtime_error_is_one_line(start_proxy, host, connect, worker, given, sent):
+    """MAXTIME_ERROR dada com quebras de linha sai numa linha só."""
+    proxy = start_proxy("-t", 150, "-P", 0, "-E", given)
+    response, _ = support.open_stream(connect, proxy, worker)
+    assert [line.decode() for line in response.lines()] == [sent]
+
+
+def test_heartbeat_does_not_reset_maxtime(start_proxy, host, connect, worker):
+    """HEARTBEAT preenche o silêncio, mas MAXTIME continua a contar; uma linha adia o próximo HEARTBEAT."""
+    proxy = start_proxy("-t", 1000, "--heartbeat", 300, "--heartbeat-line", '{"type":\n"viva"}')
+    began = time.monotonic()
+    response, _ = support.open_stream(connect, proxy, worker)
+    *beats, last = response.lines()
+    assert json.loads(last) == {"error": "timeout"}
+    assert 1.0 <= last.when - began < 2.0
+    assert 2 <= len(beats) <= 3
+    assert set(beats) == {b'{"type": "viva"}'}
+    assert beats[0].when - began >= 0.3
+
+
+@pytest.mark.parametrize("flags", [(), ("--wake", "off"), ("-P", "0"), ("-i", "60000")], ids="".join)
+def test_literal_worker(start_proxy, host, connect, worker, flags):
+    """A leitura literal: a string da tarefa trocada, num MULTI, por uma lista de mesmo nome, servida até o fim."""
+    proxy = start_proxy(*flags)
+    response, task = support.open_stream(connect, proxy, worker)
+    task.replace("um", "dois", "três")
+    assert response.lines(5) == [b"um", b"dois", "três".encode()]
+    assert support.finished_row(proxy, task)["fim"] == "concluida"
+    support.wait_empty(task.client)
+
+
+def test_literal_worker_after_ordinary_lines(start_proxy, host, connect, worker):
+    """Quem empurrou em task_list e só depois troca a chave tem tudo servido, as de task_list primeiro."""
+    proxy = start_proxy("-P", 50)
+    response, task = support.open_stream(connect, proxy, worker)
+    task.push("a", "b", "c")
+    task.replace("d", "e")
+    task.client.rpush(task.key, "f")
+    assert response.lines() == [b"a", b"b", b"c", b"d", b"e", b"f"]
+
+
+@pytest.mark.parametrize("pause", [0, 5])
+def test_end_words(start_proxy, host, connect, worker, pause):
+    """Cada palavra nua de fim encerra o streaming sem ser entregue; o que vem depois dela é descartado."""
+    proxy = start_proxy("-P", pause)
+    for word in eof_words:
+        response, task = support.open_stream(connect, proxy, worker)
+        task.push("um", "dois", word, "depois")
+        assert response.lines() == [b"um", b"dois"]
+        support.wait_empty(task.client)
+        row = support.finished_row(proxy, task)
+        assert (row["fim"], row["linhas"], row["bytes"]) == ("eof", "2", "8")
+
+
+def test_quoted_end_words_are_lines(shared_proxy, connect, worker):
+    """Entre aspas, dentro de um objeto ou de um texto maior, a palavra de fim é uma linha como outra."""
+    response, task = support.open_stream(connect, shared_proxy, worker)
+    lines = [json.dumps(word) for word in eof_words]
+    lines += ['{"EOF": "EOL"}', "EOF.", "EOFEOF", "END-OF-FILES", "OF", '["END-OF-LIST"]']
+    task.finish(*lines)
+    assert [line.decode() for line in response.lines()] == lines
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_client_leaves_while_nothing_is_sent(shared_proxy, connect, worker, how):
+    """O cliente que sai em silêncio (FIN ou RST) é notado: chave e lista somem em 2 s, mesmo com linha já entregue."""
+    response, task = support.open_stream(connect, shared_proxy, worker)
+    task.push("uma")
+    assert response.line() == b"uma"
+    other, other_task = support.open_stream(connect, shared_proxy, worker)
+    getattr(response.conn, how)()
+    getattr(other.conn, how)()
+    support.wait_empty(task.client, 2)
+    assert support.finished_row(shared_proxy, task)["fim"] == "cliente"
+    row = support.finished_row(shared_proxy, other_task)
+    assert (row["fim"], row["linhas"], row["primeira_ms"]) == ("cliente", "0", "-")
+
+
+def test_client_leaves_while_lines_flow(start_proxy, host, connect, worker):
+    """O cliente que sai no meio de muitas linhas: as chaves somem, ainda que a lista esteja cheia."""
+    proxy = start_proxy("-P", 1)
+    response, task = support.open_stream(connect, proxy, worker)
+    task.push(*["x" * 1000] * 5000)
+    assert response.line()
+    response.conn.close()
+    support.wait_empty(task.client, 2)
+    assert support.finished_row(proxy, task)["fim"] == "cliente"
+
+
+def end_done(task, response):
+    """Termina como a tarefa concluída. Argumentos: a tarefa e a response. Retorno: linhas que o fim acrescenta."""
+    task.finish()
+    return []
+
+
+def end_eof(task, response):
+    """Termina por palavra de fim. Argumentos: a tarefa e a response. Retorno: linhas que o fim acrescenta."""
+    task.push("EOF")
+    return []
+
+
+def end_timeout(task, response):
+    """Termina por MAXTIME. Argumentos: a tarefa e a response. Retorno: linhas que o fim acrescenta."""
+    return [{"error": "timeout"}]
+
+
+def end_error(task, response):
+    """Termina por erro: a lista vira texto. Argumentos: a tarefa e a response. Retorno: linhas que o fim acrescenta."""
+    task.client.set(task.list, "texto")
+    return ["redis_error"]
+
+
+ends = {"concluida": end_done, "eof": end_eof, "timeout": end_timeout, "erro": end_error}
+
+
+@pytest.mark.parametrize("reason", ends)
+def test_every_end_cleans_and_is_logged(start_proxy, host, connect, worker, reason):
+    """Seja qual for o fim, nenhuma chave resta no banco e sai uma linha de log, com motivo, linhas e bytes certos."""
+    proxy = start_proxy("-t", 500 if reason == "timeout" else 45000)
+    response, task = support.open_stream(connect, proxy, worker, "PUT", "/a/b%2Fc?d=e")
+    task.push("primeira", "linha\ncom quebra", "")
+    assert [response.line(), response.line()] == [b"primeira", b"linha com quebra"]
+    expected = ends[reason](task, response)
+    rest = [json.loads(line) for line in response.lines()]
+    if reason == "erro":
+        assert rest[0]["message"]
+        rest = [line["error"] for line in rest]
+    assert rest == expected
+    support.wait_empty(task.client)
+    row = support.finished_row(proxy, task)
+    seen = {name: row[name] for name in ("cliente", "metodo", "caminho", "fim", "linhas", "bytes")}
+    assert seen == {
+        "cliente": "127.0.0.1",
+        "metodo": "PUT",
+        "caminho": "/a/b%2Fc",
+        "fim": reason,
+        "linhas": str(2 + len(rest)),
+        "bytes": str(len(response.body())),
+    }
+    assert 0 <= int(row["primeira_ms"]) <= int(row["duracao_ms"]) < 5000
+    proxy.stop()
+    assert len(support.finished_rows(proxy)) == 1
+
+
+def test_stream_longer_than_ttl(start_proxy, host, connect, worker):
+    """REDIS_TTL=3: nem um streaming com o dobro dele e linhas no meio, nem um calado são cortados, com avisos ou sem."""
+    proxies = [start_proxy("--ttl", 3, "--wake", wake) for wake in ("on", "off")]
+    busy = [support.open_stream(connect, proxy, worker) for proxy in proxies]
+    quiet = [support.open_stream(connect, proxy, worker) for proxy in proxies]
+    began = time.monotonic()
+    while time.monotonic() - began < 6.5:
+        for response, task in busy:
+            task.push("linha")
+            assert response.line() == b"linha"
+            response.conn.silent(0.2)
+        assert all(task.exists() for _, task in busy + quiet)
+    for response, task in busy + quiet:
+        task.finish("fim")
+        assert response.lines() == [b"fim"]
+    support.wait_empty(worker.client)
+
+
+def test_waiting_lines_outlive_the_ttl(start_proxy, host, connect, worker):
+    """Linhas que esperam a vez (PAUSE) por mais que REDIS_TTL não se perdem, e nenhuma chave fica sem validade."""
+    proxy = start_proxy("--ttl", 3, "--pause", 500)
+    response, task = support.open_stream(connect, proxy, worker)
+    task.push(*[str(number) for number in range(9)])
+    for number in range(8):
+        assert response.line() == str(number).encode()
+        # A lista que o worker criou sem validade ganha uma na primeira renovação, em um terço de REDIS_TTL.
+        assert number < 4 or 0 < task.client.ttl(task.list) <= 3
+        assert 0 < task.client.ttl(task.key) <= 3
+    task.delete()
+    assert response.lines() == [b"8"]
+    support.wait_empty(task.client)
+
+
+def test_two_proxies_on_one_redis(start_proxy, host, connect, worker):
+    """Dois proxies no mesmo Redis e canal: cada cliente recebe só o que é seu, e nenhum apaga chaves do outro."""
+    proxies = [start_proxy("-P", 0), start_proxy("-P", 0)]
+    pairs = [support.open_stream(connect, proxy, worker) for proxy in proxies * 5]
+    for number in range(20):
+        for _, task in pairs:
+            task.push(f"{task.name} {number}")
+    for response, task in pairs:
+        assert [response.line() for _ in range(20)] == [f"{task.name} {number}".encode() for number in range(20)]
+        task.finish("fim")
+        assert response.lines() == [b"fim"]
+    support.wait_empty(worker.client)
+
+
+def test_nobody_listens(start_proxy, host, connect, start_worker, db):
+    """PUBLISH que ninguém ouviu: um aviso no log, e a tarefa espera e é servida como sempre."""
+    proxy = start_proxy()
+    response = connect(proxy).request().response()
+    assert response.status == 200
+    proxy.wait_log(r"aviso: .*ndjson_jobs")
+    name = response.header("X-Task-Name")
+    assert db.exists(harness.default_prefix + name)
+    db.rpush(harness.default_list_prefix + name, "tarde")
+    db.delete(harness.default_prefix + name)
+    assert response.lines() == [b"tarde"]
+    quiet = start_proxy()
+    heard, task = support.open_stream(connect, quiet, start_worker())
+    task.finish()
+    heard.lines()
+    quiet.stop()
+    assert "aviso" not in quiet.log()
+
+
+def test_log_holds_no_payload_header_or_secret(start_redis, start_proxy, host, connect, start_worker):
+    """Nem em LOG_LEVEL=debug o log traz corpo, cabeçalho, consulta, linha ou senha; e ninguém forja uma linha."""
+    server = start_redis(password="senha-oculta")
+    proxy = start_proxy("--log-level", "debug", redis=server)
+    worker = start_worker(server.client())
+    headers = {"Authorization": "Bearer cabeca-oculta", "Cookie": "c=cabeca-oculta"}
+    response, task = support.open_stream(
+        connect, proxy, worker, "POST", "/x%0Atarefa=forjada?t=consulta-oculta", headers, "corpo-oculto"
+    )
+    task.push("linha-oculta")
+    assert response.line() == b"linha-oculta"
+    task.client.set(task.list, "lista-oculta")
+    assert json.loads(response.lines()[0])["error"] == "redis_error"
+    for raw in (
+        b"POST /?t=consulta-oculta HTTX/1.1\r\nCookie: cabeca-oculta\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\ncorpo-oculto\r\n",
+    ):
+        conn = connect(proxy)
+        conn.send(raw)
+        assert conn.response().status == 400
+    left, left_task = support.open_stream(connect, proxy, worker, "POST", "/", headers, "corpo-oculto")
+    left.conn.reset()
+    support.finished_row(proxy, task)
+    support.finished_row(proxy, left_task)
+    support.wait_empty(worker.client)
+    proxy.stop()
+    assert "ocult" not in proxy.log()
+    assert len(support.finished_rows(proxy)) == 2
