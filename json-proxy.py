@@ -2498,7 +2498,7 @@ def serve_waitress(listener):
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        server.pull_trigger(close_listener)
+        server.trigger.pull_trigger(close_listener)
     return unfinished
 
 
