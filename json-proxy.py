@@ -2420,8 +2420,8 @@ class waitress_error(waitress.task.ErrorTask):
         status = self.request.error.code
         body, headers = host_error(status, self.request.headers.get("ORIGIN"))
         self.status = f"{status} {self.request.error.reason}"
-        self.response_headers.extend(headers)
-        self.set_close_on_finish()
+        self.response_headers.extend([*headers, ("Connection", "close")])
+        self.close_on_finish = True
         self.content_length = len(body)
         self.write(body)
 
