@@ -1,0 +1,516 @@
+"""O Redis difícil: consulta por INTERVAL, avisos perdidos ou negados, scripts negados, quedas, reinícios, respostas
+perdidas. Em nenhum desses casos uma linha se perde, se repete ou troca de lugar."""
+
+import contextlib
+import json
+import time
+
+import pytest
+
+import harness
+import support
+
+# Folga, em segundos, para uma máquina ocupada.
+slack = 0.5
+
+
+@pytest.fixture
+def start_pusher():
+    """Fábrica de support.pusher já iniciados; parados ao fim da prova.
+
+    Retorno:
+        Função que devolve um support.pusher.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def start(*args):
+            """Inicia um. Argumentos: os de support.pusher. Retorno: o pusher."""
+            made = support.pusher(*args)
+            made.start()
+            stack.callback(made.close)
+            return made
+
+        yield start
+
+
+@pytest.fixture
+def start_relay():
+    """Fábrica de support.relay; o proxy deve partir depois dele.
+
+    Retorno:
+        Função que devolve um support.relay.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def start(port):
+            """Inicia um. Argumentos: port, a do Redis. Retorno: o relay."""
+            made = support.relay(port)
+            stack.callback(made.close)
+            return made
+
+        yield start
+
+
+def numbered(count):
+    """Monta as linhas que um support.pusher empurra. Argumentos: count. Retorno: lista de bytes."""
+    return [f'{{"n": {number}}}'.encode() for number in range(count)]
+
+
+def kill_connection(server, name):
+    """Derruba a conexão do proxy que tem um nome, esperando que exista.
+
+    Argumentos:
+        server: o harness.redis_server.
+        name: o nome dado com CLIENT SETNAME.
+    """
+    rows = harness.eventually(lambda: server.clients_named(name), 5, f"conexão {name}")
+    assert len(rows) == 1, rows
+    with contextlib.closing(server.new_client()) as client:
+        client.execute_command("CLIENT", "KILL", "ID", rows[0]["id"])
+
+
+def push_into_silence(response, task, count, longest):
+    """Empurra linhas, uma a uma, sempre em silêncio, e confere a demora de cada uma.
+
+    Argumentos:
+        response: a response.
+        task: a tarefa.
+        count: quantas linhas.
+        longest: demora máxima, em segundos.
+    """
+    for number in range(count):
+        task.push(f"linha {number}")
+        pushed = time.monotonic()
+        line = response.line()
+        assert line == f"linha {number}".encode()
+        assert line.when - pushed < longest
+
+
+def test_polling_without_wake(start_redis, start_proxy, host, connect, start_worker):
+    """REDIS_WAKE=off, INTERVAL=1000: em 3 s de silêncio há consulta, mas uma por INTERVAL, e quatro LPOP no máximo."""
+    server = start_redis()
+    proxy = start_proxy("--wake", "off", "-i", 1000, redis=server)
+    worker = start_worker(server.client())
+    response, task = support.open_stream(connect, proxy, worker)
+    before = {name: server.calls(name) for name in ("lpop", "exists", "evalsha")}
+    response.conn.silent(3)
+    used = {name: server.calls(name) - count for name, count in before.items()}
+    assert used["lpop"] <= 4, used
+    assert 2 <= used["evalsha"] <= 4, used
+    assert 2 <= used["exists"] <= 4, used
+    push_into_silence(response, task, 2, 1 + slack)
+    task.finish()
+    assert response.lines() == []
+    assert not server.clients_named("py-ndjson-proxy-wake")
+    assert "REDIS_WAKE" not in proxy.log()
+
+
+def test_polling_cost_does_not_follow_the_number_of_streams(start_redis, start_proxy, host, connect, start_worker):
+    """Com avisos, quarenta streams calados custam dois EXISTS por INTERVAL, e nenhum LPOP."""
+    server = start_redis()
+    proxy = start_proxy("-i", 500, redis=server)
+    worker = start_worker(server.client())
+    pairs = support.open_streams(connect, proxy, worker, 40)
+    before = {name: server.calls(name) for name in ("lpop", "exists", "evalsha")}
+    pairs[0][0].conn.silent(2)
+    used = {name: server.calls(name) - count for name, count in before.items()}
+    assert used["lpop"] == 0, used
+    assert 6 <= used["exists"] <= 10, used
+    assert used["evalsha"] == 0, used
+    for response, task in pairs:
+        task.finish(task.name)
+        assert response.lines() == [task.name.encode()]
+
+
+@pytest.mark.parametrize(
+    "prefixes",
+    [(), ("-X", "p:", "-L", "p:l:"), ("-X", "p:k:", "-L", "p:"), ("-X", "tarefa_ção*?[", "-L", "x")],
+    ids=["padrão", "lista_dentro", "tarefa_dentro", "estranhos"],
+)
+def test_wake_cuts_the_wait_short(start_proxy, host, connect, worker, prefixes):
+    """Com INTERVAL=5000, linha, fim e leitura literal chegam bem antes de 1 s, sejam quais forem os prefixos."""
+    proxy = start_proxy("-i", 5000, *prefixes)
+    for _ in range(3):
+        response, task = support.open_stream(connect, proxy, worker)
+        push_into_silence(response, task, 3, 0.8)
+        task.delete()
+        assert response.lines(0.8) == []
+    response, task = support.open_stream(connect, proxy, worker)
+    task.replace("a", "b")
+    assert response.lines(0.8) == [b"a", b"b"]
+    response, task = support.open_stream(connect, proxy, worker)
+    worker.client.flushdb()
+    assert response.lines(0.8) == []
+    assert support.polling_only not in proxy.log()
+
+
+def test_wake_connection_killed(start_redis, start_proxy, host, connect, start_worker):
+    """A conexão dos avisos cai: as linhas vêm dentro de INTERVAL, o log diz uma vez, e depois ela é restabelecida."""
+    server = start_redis()
+    proxy = start_proxy("-i", 300, redis=server)
+    worker = start_worker(server.client())
+    response, task = support.open_stream(connect, proxy, worker)
+    push_into_silence(response, task, 2, 0.3 + slack)
+    kill_connection(server, "py-ndjson-proxy-wake")
+    push_into_silence(response, task, 3, 0.3 + slack)
+    proxy.wait_log(r"REDIS_WAKE.*só a consulta periódica")
+    proxy.wait_log(r"REDIS_WAKE.*restabelecid")
+    assert proxy.log().count(support.polling_only) == 1
+    push_into_silence(response, task, 3, 0.3 + slack)
+    task.finish()
+    assert response.lines() == []
+    assert proxy.log().count(support.polling_only) == 1
+    assert "fora do ar" not in proxy.log()
+
+
+def test_wake_works_again_after_it_was_killed(start_redis, start_proxy, host, connect, start_worker):
+    """Restabelecida, a conexão dos avisos volta a valer: com INTERVAL=60000 as linhas chegam na hora, as da queda também."""
+    server = start_redis()
+    proxy = start_proxy("-i", 60000, "-t", 90000, redis=server)
+    worker = start_worker(server.client())
+    response, task = support.open_stream(connect, proxy, worker)
+    literal, literal_task = support.open_stream(connect, proxy, worker)
+    gone, gone_task = support.open_stream(connect, proxy, worker)
+    kill_connection(server, "py-ndjson-proxy-wake")
+    task.push("na queda")
+    literal_task.replace("na queda")
+    gone_task.delete()
+    proxy.wait_log(r"REDIS_WAKE.*restabelecid")
+    assert response.line(2) == b"na queda"
+    assert literal.lines(2) == [b"na queda"]
+    assert gone.lines(2) == []
+    push_into_silence(response, task, 3, 0.8)
+    task.finish()
+    assert response.lines(0.8) == []
+
+
+def test_wake_killed_and_then_denied(start_redis, start_proxy, host, connect, start_worker):
+    """A conexão dos avisos cai e o servidor não a aceita mais: linhas dentro de INTERVAL, e o log não se repete."""
+    server = start_redis()
+    proxy = start_proxy("-i", 200, redis=server, env=support.limited_user(server))
+    worker = start_worker(server.client())
+    response, task = support.open_stream(connect, proxy, worker)
+    push_into_silence(response, task, 1, 0.2 + slack)
+    worker.client.execute_command("ACL", "SETUSER", "limitado", "-subscribe")
+    kill_connection(server, "py-ndjson-proxy-wake")
+    began = time.monotonic()
+    while time.monotonic() - began < 2.5:
+        push_into_silence(response, task, 1, 0.2 + slack)
+    task.finish()
+    assert response.lines() == []
+    assert 1 <= proxy.log().count(support.polling_only) <= 2, proxy.log()
+
+
+denials = {
+    "tracking": ["-client|tracking"],
+    "client": ["-client"],
+    "subscribe": ["-subscribe"],
+    "canal": ["resetchannels", "&ndjson_jobs"],
+}
+
+
+@pytest.mark.parametrize("denied", denials)
+def test_wake_denied_by_the_server(start_redis, start_proxy, host, connect, start_worker, denied):
+    """Os avisos negados por ACL: linhas, fim e leitura literal dentro de INTERVAL, e o log diz uma só vez."""
+    server = start_redis()
+    env = support.limited_user(server, *denials[denied])
+    proxy = start_proxy("-i", 300, redis=server, env=env)
+    proxy.wait_log(r"REDIS_WAKE.*só a consulta periódica")
+    worker = start_worker(server.client())
+    response, task = support.open_stream(connect, proxy, worker)
+    push_into_silence(response, task, 4, 0.3 + slack)
+    worker.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "USER", "limitado")
+    proxy.wait_log("Redis de volta")
+    push_into_silence(response, task, 2, 0.3 + slack)
+    task.delete()
+    assert response.lines(0.3 + slack) == []
+    response, task = support.open_stream(connect, proxy, worker)
+    task.replace("a", "b")
+    assert response.lines(0.6 + slack) == [b"a", b"b"]
+    assert proxy.log().count(support.polling_only) == 1, proxy.log()
+    assert proxy.log().count("REDIS_WAKE") == 1, proxy.log()
+
+
+def test_client_command_renamed_away(start_redis, start_proxy, host, connect, start_worker):
+    """Um Redis sem o comando CLIENT (rename-command): o proxy parte e serve só com a consulta periódica."""
+    server = start_redis(harness.no_client_command)
+    proxy = start_proxy("-i", 300, redis=server)
+    worker = start_worker(server.client())
+    response, task = support.open_stream(connect, proxy, worker)
+    push_into_silence(response, task, 3, 0.3 + slack)
+    task.finish("fim")
+    assert response.lines() == [b"fim"]
+    assert proxy.log().count(support.polling_only) == 1, proxy.log()
+
+
+@pytest.mark.parametrize("wake", ["on", "off"])
+@pytest.mark.parametrize("pause", [0, 1])
+def test_scripts_denied(start_redis, start_proxy, host, connect, start_worker, pause, wake):
+    """Scripts negados por ACL: com LPOP simples tudo é servido, a leitura literal inclusive, e o log avisa uma vez."""
+    server = start_redis()
+    env = support.limited_user(server, "-eval", "-evalsha", "-script")
+    proxy = start_proxy("-P", pause, "-i", 100, "--wake", wake, redis=server, env=env)
+    worker = start_worker(server.client())
+    response, task = support.open_stream(connect, proxy, worker)
+    push_into_silence(response, task, 3, 0.1 + slack)
+    task.finish(*numbered(1200 if pause == 0 else 200))
+    assert response.lines() == numbered(1200 if pause == 0 else 200)
+    response, task = support.open_stream(connect, proxy, worker)
+    task.push("antes")
+    task.replace("um", "dois", "três")
+    assert response.lines() == [b"antes", b"um", b"dois", "três".encode()]
+    response, task = support.open_stream(connect, proxy, worker)
+    task.push("um", "EOF")
+    assert response.lines() == [b"um"]
+    response, task = support.open_stream(connect, proxy, worker)
+    task.client.hset(task.list, "a", "b")
+    assert json.loads(response.lines()[0])["error"] == "redis_error"
+    support.wait_empty(worker.client)
+    assert len([line for line in proxy.log().splitlines() if "script" in line]) == 1, proxy.log()
+
+
+def test_scripts_denied_polling(start_redis, start_proxy, host, connect, start_worker):
+    """Sem scripts e sem avisos, INTERVAL=1000: em 3 s de silêncio, de dois a quatro LPOP."""
+    server = start_redis()
+    env = support.limited_user(server, "-eval", "-evalsha", "-script")
+    proxy = start_proxy("--wake", "off", "-i", 1000, redis=server, env=env)
+    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+    before = server.calls("lpop")
+    response.conn.silent(3)
+    assert 2 <= server.calls("lpop") - before <= 4
+    task.finish("fim")
+    assert response.lines() == [b"fim"]
+
+
+@pytest.mark.parametrize("pause", [0, 1])
+def test_redis_killed_and_restarted_in_mid_stream(
+    start_redis, start_proxy, host, connect, start_worker, start_pusher, pause
+):
+    """Redis morto (kill -9) e reiniciado três vezes enquanto workers empurram: nada se perde, se repete ou se troca."""
+    server = start_redis(appendonly=True)
+    proxy = start_proxy("-P", pause, redis=server)
+    pairs = support.open_streams(connect, proxy, start_worker(server.client()), 4)
+    total = 240
+    pushers = [start_pusher(server, task, total, 0.004) for _, task in pairs]
+    for step in (1, 2, 3):
+        harness.eventually(lambda step=step: pushers[0].number >= step * total // 4, 20, "linhas empurradas")
+        server.kill()
+        proxy.wait_log(rf"(?s)(Redis fora do ar.*){{{step}}}")
+        server.start()
+    for lines in harness.read_all([response for response, _ in pairs], 30):
+        assert lines == numbered(total)
+    for _, task in pairs:
+        assert support.finished_row(proxy, task)["linhas"] == str(total)
+    for one in pushers:
+        one.close()
+    with contextlib.closing(server.new_client()) as client:
+        support.wait_empty(client)
+    proxy.wait_log(r"(?s)(Redis de volta.*){3}")
+
+
+def test_redis_away_at_a_request(start_redis, start_proxy, host, fetch, connect, start_worker):
+    """Redis fora do ar: 504 em JSON e /ping 500, depressa; de volta, o pedido seguinte é atendido sem reinício."""
+    server = start_redis()
+    proxy = start_proxy(redis=server)
+    for _ in range(2):
+        server.kill()
+        for _ in range(3):
+            began = time.monotonic()
+            response = fetch(proxy, "POST", "/", body="x")
+            assert response.status == 504
+            assert response.header("X-Author") and response.header("Server") == "py-ndjson-proxy"
+            body = response.json()
+            assert body["error"] == "redis_unavailable" and body["message"]
+            ping = fetch(proxy, "GET", "/ping")
+            assert ping.status == 500
+            assert ping.header("Content-Type").startswith("text/plain")
+            assert ping.body() != b"pong"
+            assert time.monotonic() - began < 6
+        server.start()
+        response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+        task.finish("de volta")
+        assert response.lines() == [b"de volta"]
+        assert fetch(proxy, "GET", "/ping").body() == b"pong"
+    log = proxy.log()
+    assert (log.count("Redis fora do ar"), log.count("Redis de volta")) == (2, 2)
+
+
+def test_redis_frozen_at_a_request(start_redis, start_proxy, host, connect, start_worker):
+    """Um Redis que aceita a conexão e não responde: 504 e 500 em menos de 6 s a cada cliente; depois, tudo volta."""
+    server = start_redis()
+    proxy = start_proxy(redis=server)
+    worker = start_worker(server.client())
+    live, live_task = support.open_stream(connect, proxy, worker)
+    server.freeze()
+    began = time.monotonic()
+    waiting = [connect(proxy).request("POST", f"/{number}") for number in range(3)]
+    pinging = connect(proxy).request("GET", "/ping")
+    assert [item.response().status for item in waiting] == [504] * 3
+    assert pinging.response().status == 500
+    late = connect(proxy).request("POST", "/tarde")
+    assert late.response().status == 504
+    assert time.monotonic() - began < 12
+    server.thaw()
+    live_task.push("continua")
+    assert live.line() == b"continua"
+    response, task = support.open_stream(connect, proxy, worker)
+    for item in (task, live_task):
+        item.finish("fim")
+    assert response.lines() == live.lines() == [b"fim"]
+    support.wait_empty(worker.client)
+
+
+def test_stream_that_ends_while_redis_is_away(start_redis, start_proxy, host, connect, start_worker):
+    """Sem Redis, MAXTIME ainda vale e a saída do cliente ainda é notada; as chaves somem assim que ele volta."""
+    server = start_redis(appendonly=True)
+    proxy = start_proxy("-t", 1200, redis=server)
+    worker = start_worker(server.client())
+    (late, late_task), (left, left_task) = support.open_streams(connect, proxy, worker, 2)
+    server.kill()
+    left.conn.close()
+    assert support.finished_row(proxy, left_task)["fim"] == "cliente"
+    assert [json.loads(line) for line in late.lines()] == [{"error": "timeout"}]
+    assert support.finished_row(proxy, late_task)["fim"] == "timeout"
+    server.start()
+    with contextlib.closing(server.new_client()) as client:
+        support.wait_empty(client, 3)
+
+
+@pytest.mark.parametrize("pause", [0, 1])
+def test_main_connection_killed_in_mid_stream(
+    start_redis, start_proxy, host, connect, start_worker, start_pusher, pause
+):
+    """A conexão principal derrubada vinte vezes enquanto workers empurram: nada se perde, se repete ou se troca."""
+    server = start_redis()
+    proxy = start_proxy("-P", pause, redis=server)
+    pairs = support.open_streams(connect, proxy, start_worker(server.client()), 3)
+    total = 400
+    pushers = [start_pusher(server, task, total, 0.002) for _, task in pairs]
+    for step in range(20):
+        harness.eventually(lambda step=step: pushers[0].number >= step * total // 20, 20, "linhas empurradas")
+        kill_connection(server, "py-ndjson-proxy")
+    for lines in harness.read_all([response for response, _ in pairs], 30):
+        assert lines == numbered(total)
+    for one in pushers:
+        one.close()
+    proxy.wait_log("Redis de volta")
+
+
+@pytest.mark.parametrize("wake", ["on", "off"])
+@pytest.mark.parametrize("pause", [0, 1])
+def test_lost_answers(start_redis, start_relay, start_proxy, host, connect, start_worker, start_pusher, pause, wake):
+    """O LPOP que rodou e cuja resposta se perdeu com a conexão, vinte vezes: nada se perde, se repete ou se troca."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    flags = ("-P", pause, "-i", 20, "--wake", wake)
+    proxy = start_proxy(*flags, redis=server, env={"REDIS_SERVER": relay.address})
+    pairs = support.open_streams(connect, proxy, start_worker(server.client()), 2)
+    relay.cut_after(b":taken", 20)
+    total = 150
+    pushers = [start_pusher(server, task, total, 0.004) for _, task in pairs]
+    for lines in harness.read_all([response for response, _ in pairs], 30):
+        assert lines == numbered(total)
+    assert relay.cuts == 20
+    for one in pushers:
+        one.close()
+
+
+def test_lost_answer_of_the_submission(start_redis, start_relay, start_proxy, host, fetch, connect, start_worker):
+    """O SET e o PUBLISH que rodaram e cuja resposta se perdeu: 504, nenhuma chave fica, e o pedido seguinte é atendido."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    proxy = start_proxy(redis=server, env={"REDIS_SERVER": relay.address})
+    worker = start_worker(server.client())
+    relay.cut_after(b"PUBLISH")
+    response = fetch(proxy, "POST", "/")
+    assert response.status == 504
+    assert response.json()["error"] == "redis_unavailable"
+    assert relay.cuts == 1
+    key = worker.next_key()
+    harness.eventually(lambda: not worker.client.exists(key), 2, "tarefa apagada")
+    response, task = support.open_stream(connect, proxy, worker)
+    task.finish("fim")
+    assert response.lines() == [b"fim"]
+
+
+def test_lost_answer_of_the_ping(start_redis, start_relay, start_proxy, host, fetch, connect, start_worker):
+    """Uma conexão que caiu na hora do PING não é um Redis fora do ar: o pedido é atendido com 200 mesmo assim."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    proxy = start_proxy(redis=server, env={"REDIS_SERVER": relay.address})
+    relay.cut_after(b"PING")
+    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+    task.finish("fim")
+    assert response.lines() == [b"fim"]
+    relay.cut_after(b"PING")
+    assert fetch(proxy, "GET", "/ping").status == 200
+    assert relay.cuts == 2
+
+
+@pytest.mark.parametrize("wake", ["on", "off"])
+@pytest.mark.parametrize("pause", [0, 1])
+def test_script_flush_in_mid_stream(start_redis, start_proxy, host, connect, start_worker, start_pusher, pause, wake):
+    """SCRIPT FLUSH vinte vezes no meio do streaming: nada se perde, se repete ou se troca."""
+    server = start_redis()
+    proxy = start_proxy("-P", pause, "-i", 20, "--wake", wake, redis=server)
+    worker = start_worker(server.client())
+    pairs = support.open_streams(connect, proxy, worker, 3)
+    total = 200
+    pushers = [start_pusher(server, task, total, 0.002) for _, task in pairs]
+    for step in range(20):
+        harness.eventually(lambda step=step: pushers[0].number >= step * total // 20, 20, "linhas empurradas")
+        worker.client.script_flush()
+    for lines in harness.read_all([response for response, _ in pairs], 30):
+        assert lines == numbered(total)
+    for one in pushers:
+        one.close()
+
+
+@pytest.mark.parametrize("wake", ["on", "off"])
+def test_flushdb_ends_the_streams(redis_main, start_proxy, host, connect, worker, wake):
+    """FLUSHDB apaga as tarefas: todos os streams terminam, limpos, dentro de INTERVAL; os de outro banco, não."""
+    proxy = start_proxy("-i", 300, "--wake", wake)
+    pairs = support.open_streams(connect, proxy, worker, 5)
+    redis_main.client(2).flushdb()
+    pairs[0][0].conn.silent(0.7)
+    worker.client.flushdb()
+    for lines in harness.read_all([response for response, _ in pairs], 0.3 + slack):
+        assert lines == []
+    for _, task in pairs:
+        assert support.finished_row(proxy, task)["fim"] == "concluida"
+
+
+@pytest.mark.parametrize("wake", ["on", "off"])
+def test_list_of_the_wrong_type(start_proxy, host, connect, worker, wake):
+    """task_list que guarda um texto: uma linha de erro dentro do streaming, fim inteiro, chaves apagadas."""
+    proxy = start_proxy("--wake", wake)
+    response, task = support.open_stream(connect, proxy, worker)
+    other, other_task = support.open_stream(connect, proxy, worker)
+    task.push("antes")
+    assert response.line() == b"antes"
+    task.client.set(task.list, "texto")
+    (line,) = response.lines()
+    error = json.loads(line)
+    assert error["error"] == "redis_error" and "WRONGTYPE" in error["message"]
+    harness.eventually(lambda: not task.traces(), 2, "chaves apagadas")
+    assert support.finished_row(proxy, task)["fim"] == "erro"
+    other_task.finish("segue")
+    assert other.lines() == [b"segue"]
+
+
+def test_redis_full_in_mid_stream(start_redis, start_proxy, host, fetch, connect, start_worker):
+    """Memória do Redis esgotada: o que já estava na lista é entregue; uma tarefa nova recebe 500 em JSON."""
+    server = start_redis()
+    proxy = start_proxy("-P", 20, redis=server)
+    worker = start_worker(server.client())
+    response, task = support.open_stream(connect, proxy, worker)
+    task.push(*numbered(20))
+    assert response.line() == numbered(1)[0]
+    worker.client.config_set("maxmemory", 1)
+    refused = fetch(proxy, "POST", "/")
+    assert refused.status == 500
+    assert refused.json()["error"] == "redis_error"
+    task.delete()
+    assert response.lines() == numbered(20)[1:]
+    assert fetch(proxy, "GET", "/ping").status == 200
+    worker.idle()
