@@ -66,7 +66,9 @@ import redis.backoff
 import redis.retry
 import waitress
 import waitress.channel
+import waitress.parser
 import waitress.task
+import waitress.utilities
 import werkzeug.exceptions
 import werkzeug.serving
 
@@ -348,9 +350,9 @@ settings = [
             "tamanho máximo do corpo da requisição; maior recebe 413"),
     setting("LOG_LEVEL", ("--log-level",), choice("debug", "info", "warning", "error"), "info", "Log", "",
             "nível mínimo das mensagens de log"),
-    setting("ENV_FILE", ("-f", "--env-file"), pattern(r"[^\x00]+", "o caminho de um arquivo"),
+    setting("ENV_FILE", ("-f", "--env-file"), pattern(r"[^\x00:]+(:[^\x00:]+)*", "o caminho de um arquivo, ou de vários separados por :"),
             "/etc/py-ndjson-proxy.env", "Log", "",
-            "arquivo com as configurações que ficam abaixo do ambiente e dos argumentos"),
+            "arquivo de configurações, abaixo do ambiente e dos argumentos; de vários, o último é o mais forte"),
 ]
 
 # Uma variável global por linha da tabela; load_settings lhes dá o valor.
@@ -547,12 +549,16 @@ def load_settings(argv, environ):
     for row in settings:
         if row.name in arguments:
             upper[row.name] = layered(arguments[row.name], f"argumento {row.flags[-1]}")
-    path = parse_setting(settings[-1], upper.get("ENV_FILE", given["ENV_FILE"]))
-    values = read_env_file(path, required="ENV_FILE" in upper)
-    warnings = unknown_names(values, path)
-    if values.pop("ENV_FILE", path) != path:
-        warnings.append(f"ENV_FILE, dentro do arquivo {path}, não tem efeito")
-    given |= {row.name: layered(values[row.name], f"arquivo {path}") for row in settings if row.name in values}
+    named = parse_setting(settings[-1], upper.get("ENV_FILE", given["ENV_FILE"]))
+    warnings = []
+    *common, last = named.split(":")
+    for path in (*common, last):
+        # Só o último arquivo que o operador nomeou precisa existir.
+        values = read_env_file(path, required=path == last and "ENV_FILE" in upper)
+        warnings += unknown_names(values, path)
+        if values.pop("ENV_FILE", named) != named:
+            warnings.append(f"ENV_FILE, dentro do arquivo {path}, não tem efeito")
+        given |= {row.name: layered(values[row.name], f"arquivo {path}") for row in settings if row.name in values}
     given |= upper
     for row in settings:
         globals()[row.name] = parse_setting(row, given[row.name])
@@ -611,7 +617,10 @@ class log_formatter(logging.Formatter):
             str: uma só linha, sem caracteres de controle: um texto vindo de fora
             não pode forjar outra linha de log.
         """
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in record.getMessage())
+        text = record.getMessage()
+        if record.exc_info and log.isEnabledFor(logging.DEBUG):
+            text += f" | {self.formatException(record.exc_info)}"
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         if self.journal:
             return f"<{self.priorities.get(record.levelname, 6)}>{text}"
         return self.words.get(record.levelname, "") + text
@@ -966,12 +975,13 @@ round_takes = 128
 # Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
 answer_timeout = 5.0
 # Tempos do coletor, em segundos: tolerância para um aviso já a caminho, sinal de
-# vida quando nada acontece, nova tentativa dos avisos, e exame dos clientes que
-# só podem ser examinados por consulta.
+# vida quando nada acontece, nova tentativa dos avisos, exame dos clientes que só
+# podem ser examinados por consulta, e informe ao systemd (WatchdogSec é 30).
 wake_grace = 0.005
 idle_ping = 15.0
 wake_retry = 1.0
 gone_check = 0.5
+status_interval = 5.0
 
 
 class batch_entry(typing.NamedTuple):
@@ -1031,6 +1041,7 @@ class collector(threading.Thread):
         self.is_down = self.wake_lost = self.wake_refused = self.scripts_refused = False
         self.failures = 0
         self.retry_at = self.wake_retry_at = self.census_at = self.gone_at = 0.0
+        self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
         self.search_at = self.stop_at = math.inf
         self.idle_at = time.monotonic() + idle_ping
 
@@ -1223,7 +1234,7 @@ class collector(threading.Thread):
         Retorna:
             float: instante do relógio monotônico, em segundos.
         """
-        moments = [self.stop_at]
+        moments = [self.stop_at, self.status_at]
         if self.watched:
             moments.append(self.gone_at)
         if not self.main.is_open:
@@ -1264,6 +1275,27 @@ class collector(threading.Thread):
                 stream.answers.put(ended_client)
         if self.wake_lost and self.main.is_open and now >= self.wake_retry_at:
             self.open_wake()
+        if now >= self.status_at:
+            self.tell_systemd(now)
+
+    def hurry_status(self):
+        """Antecipa o informe ao systemd, se houver um systemd a informar."""
+        if self.status_at < math.inf:
+            self.status_at = 0.0
+
+    def tell_systemd(self, now):
+        """Informa o estado ao systemd e alimenta o vigia (WatchdogSec).
+
+        É o coletor quem informa: se ele travar, o systemd reinicia o serviço.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        """
+        self.status_at = now + status_interval
+        state = "fora do ar" if self.is_down else "no ar"
+        notify_systemd(
+            f"WATCHDOG=1\nSTATUS=Redis {state}; streams vivos: {gate.alive}; tarefas atendidas: {gate.served}"
+        )
 
     # -- clientes -------------------------------------------------------------
 
@@ -1386,6 +1418,7 @@ class collector(threading.Thread):
         self.wake_lost = False
         if not self.is_down:
             log.warning("Redis fora do ar: %s", error)
+            self.hurry_status()
         self.is_down = True
         self.retry_at = time.monotonic() + min(1.0, 0.05 * 2 ** min(self.failures, 6)) * (self.failures > 0)
         self.failures += 1
@@ -1409,6 +1442,7 @@ class collector(threading.Thread):
             self.refuse(error)
             return False
         self.is_down = False
+        self.hurry_status()
         log.info("Redis de volta")
         return True
 
@@ -1737,7 +1771,7 @@ class stream_gate:
     def __init__(self):
         """Começa aberto e vazio."""
         self.changed = threading.Condition()
-        self.alive = 0
+        self.alive = self.served = 0
         self.closed = False
 
     def enter(self):
@@ -1756,6 +1790,7 @@ class stream_gate:
         """Devolve o lugar de um stream."""
         with self.changed:
             self.alive -= 1
+            self.served += 1
             self.changed.notify_all()
 
     def close(self):
@@ -2052,8 +2087,10 @@ def head_response(request):
     Retorna:
         stream_response: 200 com os cabeçalhos do streaming.
     """
-    best = request.accept_mimetypes.best_match(line_types, line_types[0])
-    return stream_response(content_type=best, headers=[
+    # Vêm em ordem de preferência; nunca 406, que um cliente não saberia tratar.
+    named = (value.partition(";")[0].strip().lower() for value, quality in request.accept_mimetypes if quality)
+    chosen = next((name for name in named if name in line_types), line_types[0])
+    return stream_response(content_type=chosen, headers=[
         ("Cache-Control", "no-cache, no-transform"),
         # O nginx guarda a resposta inteira se não for avisado.
         ("X-Accel-Buffering", "no"),
@@ -2270,6 +2307,29 @@ class response_writer(io.BufferedIOBase):
             self.connection.sendall(data)
 
 
+class chunked_input(werkzeug.serving.DechunkedInput):
+    """Corpo em chunks, com as extensões e os trailers que a RFC 9112 manda ignorar."""
+
+    def read_chunk_len(self):
+        """Lê a linha que abre um chunk.
+
+        Retorna:
+            int: tamanho do chunk em bytes; 0 no último.
+        Levanta:
+            OSError: se a linha não é válida.
+        """
+        size = self._rfile.readline(4096).partition(b";")[0].strip(b" \t\r\n")
+        # int() sozinho aceitaria "0x5", "+5" e "1_0".
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", size):
+            raise OSError("chunk inválido")
+        if int(size, 16) == 0:
+            # A linha em branco final é consumida por quem chama.
+            while self._rfile.peek(2)[:2] not in (b"\r\n", b"\n", b""):
+                if not self._rfile.readline(65536).endswith(b"\n"):
+                    raise OSError("trailer inválido")
+        return int(size, 16)
+
+
 class flask_handler(werkzeug.serving.WSGIRequestHandler):
     """Atende uma conexão no servidor do Flask."""
 
@@ -2310,7 +2370,32 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
             self.protocol_version = "HTTP/1.0"
         environ = super().make_environ()
         environ["ndjson.target"] = self.requestline.split()[1]
+        if environ.get("wsgi.input_terminated"):
+            environ["wsgi.input"] = chunked_input(self.rfile)
         return environ
+
+    def parse_request(self):
+        """Lê a linha de requisição e os cabeçalhos e confere o tamanho do corpo.
+
+        Um tamanho ambíguo é recusado: outro servidor no caminho poderia entender
+        outro fim para o corpo (RFC 9112, 6.3).
+
+        Retorna:
+            bool: falso se a requisição já foi respondida com um erro.
+        """
+        if not super().parse_request():
+            return False
+        lengths = set(self.headers.get_all("Content-Length", ()))
+        codings = ",".join(self.headers.get_all("Transfer-Encoding", ())).strip().lower()
+        if codings and codings != "chunked":
+            self.send_error(501)
+        elif codings and (lengths or self.request_version != "HTTP/1.1"):
+            self.send_error(400)
+        elif len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
+            self.send_error(400)
+        else:
+            return True
+        return False
 
     def handle_expect_100(self):
         """Deixa o "100 Continue" para o werkzeug, que também o enviaria.
@@ -2426,9 +2511,49 @@ class waitress_error(waitress.task.ErrorTask):
         self.write(body)
 
 
-class waitress_channel(waitress.channel.HTTPChannel):
-    """Conexão do waitress com os nossos erros."""
+class waitress_parser(waitress.parser.HTTPRequestParser):
+    """Requisição do waitress com o alvo como veio e com o limite de MAX_BODY."""
 
+    def parse_header(self, header_plus):
+        """Lê a linha de requisição e os cabeçalhos.
+
+        Argumentos:
+            header_plus (bytes): a linha de requisição e os cabeçalhos.
+        Levanta:
+            waitress.parser.ParsingError: se não forem válidos.
+        """
+        line, separator, rest = header_plus.partition(b"\r\n")
+        # O waitress recusa UTF-8 sem escapes no alvo; o alvo original é reposto.
+        super().parse_header(re.sub(rb"[\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], line) + separator + rest)
+        words = line.split(b" ")
+        if len(words) > 1:
+            self.request_uri = words[1].decode("latin-1")
+        if self.chunked and "CONTENT_LENGTH" in self.headers:
+            raise waitress.parser.ParsingError("Content-Length com Transfer-Encoding")
+
+    def received(self, data):
+        """Recebe um trecho da requisição.
+
+        Argumentos:
+            data (bytes): trecho.
+        Retorna:
+            int: número de bytes consumidos.
+        """
+        consumed = super().received(data)
+        size = len(self.body_rcv) if self.chunked and self.body_rcv is not None else self.content_length
+        if self.error is None and size > MAX_BODY:
+            self.error = waitress.utilities.RequestEntityTooLarge("")
+            self.completed = True
+        if self.error is not None:
+            # Pedir o corpo de uma requisição recusada adiaria o erro.
+            self.expect_continue = False
+        return consumed
+
+
+class waitress_channel(waitress.channel.HTTPChannel):
+    """Conexão do waitress com a nossa leitura da requisição e os nossos erros."""
+
+    parser_class = waitress_parser
     error_task_class = waitress_error
 
 
@@ -2469,8 +2594,9 @@ def serve_waitress(listener):
         app, sockets=[listener], ident=SERVERNAME, threads=1, backlog=backlog,
         connection_limit=MAX_STREAMS + spare_connections, asyncore_use_poll=True,
         channel_request_lookahead=1, channel_timeout=client_timeout,
-        # O 413 de um corpo sem Content-Length é dado pela aplicação.
-        max_request_body_size=MAX_BODY + 1, clear_untrusted_proxy_headers=False,
+        # O limite é conferido por waitress_parser: este contaria também as
+        # marcas dos chunks.
+        max_request_body_size=sys.maxsize, clear_untrusted_proxy_headers=False,
         log_socket_errors=False,
     )
     server.channel_class = waitress_channel
