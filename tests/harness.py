@@ -500,7 +500,7 @@ class proxy_process(background):
         """Lê as linhas de fim de tarefa do log.
 
         Retorno:
-            Lista de dicionários com os campos de cada linha (tarefa, cliente, metodo, caminho, fim, linhas, bytes...).
+            Lista de dicionários com os campos de cada linha: `tarefa`, `cliente`, `metodo`, `caminho`, `fim`...
         """
         rows = [line for line in self.log().splitlines() if "tarefa=" in line]
         return [dict(re.findall(r"(\w+)=(\S*)", line[line.index("tarefa=") :])) for line in rows]
