@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import re
 import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -132,14 +134,25 @@ def test_second_signal_ends_at_once(start_proxy, host, connect, worker, first, s
 @pytest.mark.parametrize("number", signals)
 def test_signal_amid_new_connections(start_proxy, host, connect, number):
     """Conexões que chegam no instante do sinal são atendidas ou recusadas; o log não traz nada de estranho."""
-    proxy = start_proxy()
-    for count in range(60):
-        if count == 30:
-            proxy.signal(number)
-        with contextlib.suppress(ConnectionError):
-            connect(proxy)
-    assert proxy.wait() == 0
-    assert [line for line in proxy.log().splitlines() if "pronto" not in line and "para" not in line] == []
+    for _ in range(2):
+        proxy = start_proxy()
+        opened = []
+
+        def storm(proxy=proxy, opened=opened):
+            """Conecta sem parar até ser recusado. Argumentos: o proxy e a lista das conexões."""
+            with contextlib.suppress(ConnectionError):
+                for _ in range(300):
+                    opened.append(connect(proxy))
+
+        thread = threading.Thread(target=storm)
+        thread.start()
+        harness.eventually(lambda opened=opened: len(opened) > 50, 5, "conexões abertas")
+        proxy.signal(number)
+        thread.join()
+        assert proxy.wait() == 0
+        assert [line for line in proxy.log().splitlines() if not re.match("pronto:|parando:|parado", line)] == []
+        for conn in opened:
+            conn.close()
 
 
 def test_request_on_an_open_connection_during_drain(start_proxy, host, connect, worker):

@@ -269,37 +269,30 @@ def test_every_end_cleans_and_is_logged(start_proxy, host, connect, worker, reas
     assert len(support.finished_rows(proxy)) == 1
 
 
-def test_stream_longer_than_ttl(start_proxy, host, connect, worker):
-    """REDIS_TTL=3: nem um streaming com o dobro dele e linhas no meio, nem um calado são cortados, com avisos ou sem."""
+def test_streams_longer_than_ttl(start_proxy, host, connect, worker):
+    """REDIS_TTL=3, streamings de mais que o dobro: o que tem linhas no meio, o calado e o que espera a vez (PAUSE) não são
+    cortados nem perdem linha, com avisos ou sem; e nenhuma chave fica sem validade."""
     proxies = [start_proxy("--ttl", 3, "--wake", wake) for wake in ("on", "off")]
     busy = [support.open_stream(connect, proxy, worker) for proxy in proxies]
     quiet = [support.open_stream(connect, proxy, worker) for proxy in proxies]
+    paced = [support.open_stream(connect, start_proxy("--ttl", 3, "--pause", 500), worker)]
+    numbers = [str(number).encode() for number in range(16)]
+    paced[0][1].push(*numbers)
     began = time.monotonic()
     while time.monotonic() - began < 6.5:
         for response, task in busy:
             task.push("linha")
             assert response.line() == b"linha"
             response.conn.silent(0.2)
-        assert all(task.exists() for _, task in busy + quiet)
+        assert all(0 < task.client.ttl(task.key) <= 3 for _, task in busy + quiet + paced)
+    # A lista que o worker criou sem validade ganhou uma na primeira renovação.
+    assert 0 < worker.client.ttl(paced[0][1].list) <= 3
     for response, task in busy + quiet:
         task.finish("fim")
         assert response.lines() == [b"fim"]
+    paced[0][1].delete()
+    assert paced[0][0].lines() == numbers
     support.wait_empty(worker.client)
-
-
-def test_waiting_lines_outlive_the_ttl(start_proxy, host, connect, worker):
-    """Linhas que esperam a vez (PAUSE) por mais que REDIS_TTL não se perdem, e nenhuma chave fica sem validade."""
-    proxy = start_proxy("--ttl", 3, "--pause", 500)
-    response, task = support.open_stream(connect, proxy, worker)
-    task.push(*[str(number) for number in range(9)])
-    for number in range(8):
-        assert response.line() == str(number).encode()
-        # A lista que o worker criou sem validade ganha uma na primeira renovação, em um terço de REDIS_TTL.
-        assert number < 4 or 0 < task.client.ttl(task.list) <= 3
-        assert 0 < task.client.ttl(task.key) <= 3
-    task.delete()
-    assert response.lines() == [b"8"]
-    support.wait_empty(task.client)
 
 
 def test_two_proxies_on_one_redis(start_proxy, host, connect, worker):
