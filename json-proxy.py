@@ -39,6 +39,8 @@ import base64
 import collections
 import contextlib
 import difflib
+import email.errors
+import errno
 import heapq
 import io
 import itertools
@@ -48,6 +50,7 @@ import math
 import os
 import queue
 import re
+import resource
 import select
 import signal
 import socket
@@ -975,10 +978,11 @@ round_takes = 128
 # Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
 answer_timeout = 5.0
 # Tempos do coletor, em segundos: tolerância para um aviso já a caminho, sinal de
-# vida quando nada acontece, nova tentativa dos avisos, exame dos clientes que só
+# vida quando nada acontece, novas tentativas dos avisos, exame dos clientes que só
 # podem ser examinados por consulta, e informe ao systemd (WatchdogSec é 30).
 wake_grace = 0.005
 idle_ping = 15.0
+wake_patience = 0.1
 wake_retry = 1.0
 gone_check = 0.5
 status_interval = 5.0
@@ -1038,6 +1042,7 @@ class collector(threading.Thread):
         self.renewals = collections.deque()
         self.scripts = None
         self.main_fd = self.wake_fd = -1
+        self.wake_error = None
         self.is_down = self.wake_lost = self.wake_refused = self.scripts_refused = False
         self.failures = 0
         self.retry_at = self.wake_retry_at = self.census_at = self.gone_at = 0.0
@@ -1173,12 +1178,17 @@ class collector(threading.Thread):
             stream.answers.put(reason)
 
     def accept_stop(self, deadline):
-        """Anota o prazo para parar.
+        """Anota o prazo para parar e encerra o que restou.
+
+        Um cliente que não lê prende a sua thread, que não chega a encerrar o
+        stream; suas chaves são apagadas mesmo assim.
 
         Argumentos:
             deadline (float): instante do relógio monotônico, em segundos.
         """
         self.stop_at = deadline
+        for stream in set(self.names.values()):
+            self.accept_release(stream)
 
     # -- laço -----------------------------------------------------------------
 
@@ -1274,6 +1284,11 @@ class collector(threading.Thread):
                 del self.watched[stream]
                 stream.answers.put(ended_client)
         if self.wake_lost and self.main.is_open and now >= self.wake_retry_at:
+            if self.wake_error:
+                log.warning(
+                    "REDIS_WAKE: a conexão dos avisos caiu (%s); fica só a consulta periódica", self.wake_error
+                )
+                self.wake_error = None
             self.open_wake()
         if now >= self.status_at:
             self.tell_systemd(now)
@@ -1400,11 +1415,12 @@ class collector(threading.Thread):
         """
         self.wake.close()
         self.wake_fd = -1
-        # Se a principal também caiu, a linha sobre o Redis já diz tudo.
-        if not self.wake_lost and self.main.is_open:
-            log.warning("REDIS_WAKE: a conexão dos avisos caiu (%s); fica só a consulta periódica", error)
+        # A linha de log sai um pouco depois, em run_timers: se a principal também
+        # caiu, o que se sabe em instantes, a linha sobre o Redis já diz tudo.
+        if not self.wake_lost:
+            self.wake_error = error
+        self.wake_retry_at = time.monotonic() + (wake_retry if self.wake_lost else wake_patience)
         self.wake_lost = True
-        self.wake_retry_at = time.monotonic() + wake_retry
 
     def lose_main(self, error):
         """Registra que a conexão principal caiu; a próxima volta a reabre.
@@ -1837,7 +1853,8 @@ class stream:
         self.name = name
         self.client = environ.get("REMOTE_ADDR", "-")
         self.method = environ["REQUEST_METHOD"]
-        self.path = request_target(environ)[0]
+        # Acima de 48 KiB o journald parte a linha em duas.
+        self.path = request_target(environ)[0][:200]
         self.started = time.monotonic()
         self.first_line = None
         self.lines = self.bytes = 0
@@ -2385,17 +2402,20 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         """
         if not super().parse_request():
             return False
+        if any(isinstance(defect, email.errors.MissingHeaderBodySeparatorDefect) for defect in self.headers.defects):
+            # O http.server pararia de ler os cabeçalhos na linha inválida.
+            self.send_error(400)
+            return False
         lengths = set(self.headers.get_all("Content-Length", ()))
         codings = ",".join(self.headers.get_all("Transfer-Encoding", ())).strip().lower()
         if codings and codings != "chunked":
             self.send_error(501)
-        elif codings and (lengths or self.request_version != "HTTP/1.1"):
+            return False
+        ambiguous = len(lengths) > 1 or (codings and (lengths or self.request_version != "HTTP/1.1"))
+        if ambiguous or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
             self.send_error(400)
-        elif len(lengths) > 1 or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
-            self.send_error(400)
-        else:
-            return True
-        return False
+            return False
+        return True
 
     def handle_expect_100(self):
         """Deixa o "100 Continue" para o werkzeug, que também o enviaria.
@@ -2456,6 +2476,77 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         """
 
 
+class flask_server(werkzeug.serving.ThreadedWSGIServer):
+    """Servidor do Flask que para entre duas conexões e sobrevive a erros."""
+
+    next_complaint = 0.0
+
+    def complain(self):
+        """Avisa, no máximo uma vez por minuto, que faltam descritores."""
+        now = time.monotonic()
+        if now >= self.next_complaint:
+            self.next_complaint = now + 60
+            log.warning("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
+
+    def get_request(self):
+        """Aceita uma conexão.
+
+        Retorna:
+            tuple: (socket, endereço do cliente).
+        Levanta:
+            OSError: se o sistema não tem mais descritores ou o cliente desistiu.
+        """
+        # Daqui até service_actions o sinal de parada não interrompe: a conexão
+        # aceita seria perdida.
+        stop.is_busy = True
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # Sem a pausa o laço giraria à toa: a conexão continua na fila.
+                self.complain()
+                time.sleep(0.1)
+            raise
+
+    def service_actions(self):
+        """Para o laço, se foi pedido, depois de cada conexão.
+
+        Levanta:
+            KeyboardInterrupt: se um sinal de parada chegou.
+        """
+        stop.is_busy = False
+        if stop.is_requested:
+            raise KeyboardInterrupt
+
+    def handle_error(self, request, client_address):
+        """Registra em uma linha a falha de uma conexão.
+
+        Argumentos:
+            request (socket.socket): conexão.
+            client_address (tuple): endereço do cliente.
+        """
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            self.complain()
+        elif not isinstance(error, OSError):
+            log.error("falha interna em uma conexão: %s: %s", type(error).__name__, error)
+
+
+def raise_descriptor_limit():
+    """Eleva o limite de descritores ao máximo permitido e avisa se é pouco.
+
+    Retorna:
+        int: número de descritores que o processo pode abrir.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = 1048576
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard < MAX_STREAMS + spare_descriptors:
+        log.warning("MAX_STREAMS é %d, mas o processo só pode abrir %d descritores", MAX_STREAMS, hard)
+    return hard
+
+
 def open_listener():
     """Abre o socket em que o servidor escuta.
 
@@ -2490,6 +2581,8 @@ def serve_flask(listener):
     # O werkzeug só aceita um socket pronto pela porta de seu recarregador. Por
     # ela, a porta já está aberta quando o systemd é avisado, uma porta ocupada é
     # dita com a nossa frase, e o aviso de "servidor de desenvolvimento" não sai.
+    raise_descriptor_limit()
+    werkzeug.serving.ThreadedWSGIServer = flask_server
     os.environ |= {"WERKZEUG_RUN_MAIN": "true", "WERKZEUG_SERVER_FD": str(listener.fileno())}
     app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, use_reloader=False,
             load_dotenv=False, request_handler=flask_handler)
@@ -2580,6 +2673,8 @@ class waitress_dispatcher(waitress.task.ThreadedTaskDispatcher):
 # Threads e conexões do waitress além de MAX_STREAMS: respondem 503 e /ping.
 spare_threads = 16
 spare_connections = 1024
+# Descritores usados pelo próprio programa, com folga.
+spare_descriptors = 64
 
 
 def serve_waitress(listener):
@@ -2592,7 +2687,9 @@ def serve_waitress(listener):
     """
     server = waitress.create_server(
         app, sockets=[listener], ident=SERVERNAME, threads=1, backlog=backlog,
-        connection_limit=MAX_STREAMS + spare_connections, asyncore_use_poll=True,
+        # Além do limite as conexões esperam na fila do sistema; sem ele, a falta
+        # de descritores faria o laço do waitress girar à toa.
+        connection_limit=min(MAX_STREAMS + spare_connections, raise_descriptor_limit() - spare_descriptors), asyncore_use_poll=True,
         channel_request_lookahead=1, channel_timeout=client_timeout,
         # O limite é conferido por waitress_parser: este contaria também as
         # marcas dos chunks.
@@ -2640,6 +2737,16 @@ hub: collector
 gate = stream_gate()
 
 
+class stop_switch:
+    """Pedido de parada: o sinal só interrompe a thread principal quando ela espera."""
+
+    is_requested = False
+    is_busy = False
+
+
+stop = stop_switch()
+
+
 def handle_signal(number, frame):
     """Pede a parada; um segundo sinal encerra na hora, pela ação padrão.
 
@@ -2647,11 +2754,14 @@ def handle_signal(number, frame):
         number (int): número do sinal.
         frame (frame): quadro interrompido.
     Levanta:
-        KeyboardInterrupt: sempre; é como o laço do werkzeug aceita parar.
+        KeyboardInterrupt: se nenhuma conexão está sendo aceita; é como o laço do
+            werkzeug aceita parar. Senão, service_actions a levanta em seguida.
     """
     for each in stop_signals:
         signal.signal(each, signal.SIG_DFL)
-    raise KeyboardInterrupt
+    stop.is_requested = True
+    if not stop.is_busy:
+        raise KeyboardInterrupt
 
 
 def shown_value(row, given):
