@@ -2582,7 +2582,7 @@ def serve_flask(listener):
     # ela, a porta já está aberta quando o systemd é avisado, uma porta ocupada é
     # dita com a nossa frase, e o aviso de "servidor de desenvolvimento" não sai.
     raise_descriptor_limit()
-    werkzeug.serving.ThreadedWSGIServer = flask_server
+    vars(werkzeug.serving).update(ThreadedWSGIServer=flask_server)
     os.environ |= {"WERKZEUG_RUN_MAIN": "true", "WERKZEUG_SERVER_FD": str(listener.fileno())}
     app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, use_reloader=False,
             load_dotenv=False, request_handler=flask_handler)
