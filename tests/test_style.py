@@ -155,6 +155,8 @@ def all_names(module):
         Lista de (linha, nome): variáveis, atributos, argumentos, funções, classes, importados e exceções nomeadas.
     """
     found = []
+    imports = [node for node in ast.walk(module) if isinstance(node, ast.Import)]
+    modules = {(alias.asname or alias.name).split(".")[0] for node in imports for alias in node.names}
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.append((node.lineno, node.name))
@@ -163,7 +165,9 @@ def all_names(module):
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store | ast.Del):
             found.append((node.lineno, node.id))
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
-            found.append((node.lineno, node.attr))
+            # Trocar o atributo de um módulo alheio não cria nome: o nome é dele.
+            if ast.unparse(node.value).split(".")[0] not in modules:
+                found.append((node.lineno, node.attr))
         elif isinstance(node, ast.alias):
             found.append((0, node.asname or node.name))
         elif isinstance(node, ast.ExceptHandler) and node.name:
@@ -283,9 +287,10 @@ def test_names_are_lowercase():
 
 def test_settings_are_uppercase_globals():
     """Cada configuração é uma variável global maiúscula do módulo, e nenhum outro nome maiúsculo é criado ou lido."""
-    annotated = {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign)}
-    assigned = {item.id for node in tree.body if isinstance(node, ast.Assign) for item in node.targets}
-    assert {name for name in annotated | assigned if name == name.upper() and name != "_"} == set(settings)
+    statements = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    names = {item.id for node in statements for item in ast.walk(node) if isinstance(item, ast.Name)}
+    stored = {name for name in names if name == name.upper() and name != "_"}
+    assert stored == set(settings)
     loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     assert {name for name in loaded if name != name.lower()} - set(settings) - allowed_uppercase == set()
 
@@ -411,12 +416,11 @@ def test_other_programs(file):
     # Pela especificação, maiúscula é a variável global que vem do ambiente ou dos argumentos.
     imported = {
         target.id
-        for node in module.body
-        if isinstance(node, ast.Assign) and re.search(r"\b(environ|getenv|argv)\b", ast.unparse(node.value))
+        for node in ast.walk(module)
+        if isinstance(node, ast.Assign) and re.search(r"\b(environ|getenv|argv|parse_args)\b", ast.unparse(node.value))
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    imported |= {name for node in ast.walk(module) if isinstance(node, ast.Global) for name in node.names}
     for line, name in all_names(module):
         if name != name.lower() and name not in imported and name not in settings:
             problems.append(f"linha {line}: {name} não é minúsculo")
