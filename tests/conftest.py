@@ -42,26 +42,24 @@ def forbid_skip(report):
 
     Argumentos:
         report: relatório do pytest, alterado no lugar.
-
-    Retorno:
-        O mesmo relatório.
     """
     if report.skipped:
         report.outcome = "failed"
         report.longrepr = f"ignorar ou esperar a falha de uma prova não é permitido: {report.longrepr}"
-    return report
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport():
-    """Proíbe pular durante a prova. Retorno: o relatório da prova."""
-    return forbid_skip((yield))
+    """Proíbe pular durante a prova. Retorno: gera uma vez, como pede o pytest."""
+    outcome = yield
+    forbid_skip(outcome.get_result())
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(hookwrapper=True)
 def pytest_make_collect_report():
-    """Proíbe pular um módulo inteiro. Retorno: o relatório da coleta."""
-    return forbid_skip((yield))
+    """Proíbe pular um módulo inteiro. Retorno: gera uma vez, como pede o pytest."""
+    outcome = yield
+    forbid_skip(outcome.get_result())
 
 
 def leaks(threads, sockets):
