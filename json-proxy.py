@@ -61,19 +61,24 @@ import typing
 import urllib.parse
 import uuid
 
-import dotenv
-import dotenv.parser
-import flask
-import redis
-import redis.backoff
-import redis.retry
-import waitress
-import waitress.channel
-import waitress.parser
-import waitress.task
-import waitress.utilities
-import werkzeug.exceptions
-import werkzeug.serving
+try:
+    import dotenv
+    import dotenv.parser
+    import flask
+    import redis
+    import redis.backoff
+    import redis.retry
+    import waitress
+    import waitress.channel
+    import waitress.parser
+    import waitress.task
+    import waitress.utilities
+    import werkzeug.exceptions
+    import werkzeug.serving
+except ModuleNotFoundError as missing:
+    print(f"erro: falta o módulo {missing.name}; no Debian: apt install python3-flask python3-redis "
+          "python3-waitress python3-dotenv", file=sys.stderr)
+    sys.exit(2)
 
 version = "1.0.0"
 author = "Patrick Brandao <patrickbrandao@gmail.com>"
@@ -2807,7 +2812,8 @@ def stop_service(unfinished):
     Argumentos:
         unfinished (callable): devolve o número de conexões não terminadas.
     """
-    notify_systemd("STOPPING=1")
+    # O prazo do systemd acompanha DRAIN, seja qual for o TimeoutStopSec da unidade.
+    notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(DRAIN + 5000) * 1000}")
     gate.close()
     log.info("parando: %d streams têm até %d ms para acabar", gate.alive, DRAIN)
     if not gate.wait_empty(DRAIN / 1000):
