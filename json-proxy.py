@@ -75,8 +75,8 @@ try:
     import waitress.utilities
     import werkzeug.exceptions
     import werkzeug.serving
-except ModuleNotFoundError as missing:
-    print(f"erro: falta o módulo {missing.name}; no Debian: apt install python3-flask python3-redis "
+except ModuleNotFoundError:
+    print(f"erro: falta o módulo {sys.exc_info()[1].name}; no Debian: apt install python3-flask python3-redis "
           "python3-waitress python3-dotenv", file=sys.stderr)
     sys.exit(2)
 

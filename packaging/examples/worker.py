@@ -87,6 +87,7 @@ def serve(link, task_key):
             mark = f"{owner}:{number}".encode()
 
             def push(again, mark=mark, line=line):
+                """Empurra a linha; again diz que é uma repetição. Retorna se a tarefa ainda existe."""
                 if again and link.get(claim) == mark:
                     return True     # a linha foi gravada; só a resposta se perdeu
                 # Em transação, o proxy não apaga nada entre o EXISTS e o RPUSH; e o
