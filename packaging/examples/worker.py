@@ -66,7 +66,7 @@ def lines(task):
             yield json.dumps(part, ensure_ascii=False)
     except Exception as error:      # um defeito em answer() também não pode calar o cliente
         log(f"tarefa {task['task_name']}: {error!r}")
-        yield json.dumps({"error": "worker_failed"})
+        yield json.dumps({"error": "worker_stopped" if stopping.is_set() else "worker_failed"})
 
 
 def serve(link, task_key):
