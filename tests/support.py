@@ -1,5 +1,5 @@
 """Ferramentas das provas de streaming que vão além de harness.py: tarefas abertas aos pares, um worker que sobrevive à
-queda do Redis, um intermediário que corta a conexão antes da resposta, e a hora de chegada dada pelo núcleo."""
+queda do Redis, um intermediário que perde pedidos e respostas, e a hora de chegada dada pelo núcleo."""
 
 import contextlib
 import selectors
@@ -209,10 +209,10 @@ class pusher(threading.Thread):
 
 
 class relay(threading.Thread):
-    """Intermediário de TCP entre o proxy e o Redis que sabe perder uma resposta.
+    """Intermediário de TCP entre o proxy e o Redis que sabe perder o que passa por ele.
 
-    cut_after(trecho, vezes) faz com que os próximos pedidos que contenham o trecho cheguem ao Redis e rodem, mas a
-    resposta se perca com a conexão: o pior momento para uma queda.
+    cut derruba a conexão num pedido dado, antes de ele chegar ao Redis ou depois de rodar, com a resposta perdida: o
+    pior momento para uma queda. drop engole as respostas que contêm um trecho, sem derrubar nada.
     """
 
     def __init__(self, port):
@@ -229,7 +229,8 @@ class relay(threading.Thread):
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(self.bell, selectors.EVENT_READ)
-        self.needle, self.left, self.cuts = b"", 0, 0
+        self.needle, self.left, self.ran, self.cuts = b"", 0, True, 0
+        self.dropped = None
         self.doomed = set()
         self.start()
 
@@ -238,14 +239,23 @@ class relay(threading.Thread):
         """Endereço na forma de REDIS_SERVER (str)."""
         return f"127.0.0.1:{self.port}/{harness.default_db}"
 
-    def cut_after(self, needle, times=1):
-        """Perde as respostas dos próximos pedidos.
+    def cut(self, needle, times=1, ran=True):
+        """Derruba a conexão nos próximos pedidos que contenham um trecho.
 
         Argumentos:
             needle: bytes procurados no pedido.
-            times: quantas respostas perder.
+            times: quantas vezes.
+            ran: verdadeiro para que o pedido rode e só a resposta se perca.
         """
-        self.needle, self.left = needle, times
+        self.needle, self.left, self.ran = needle, times, ran
+
+    def drop(self, needle):
+        """Engole daqui em diante toda resposta que contenha um trecho.
+
+        Argumentos:
+            needle: bytes procurados na resposta.
+        """
+        self.dropped = needle
 
     def run(self):
         """Repassa até close."""
@@ -284,14 +294,17 @@ class relay(threading.Thread):
             data = sock.recv(1 << 20)
         if is_request and self.left and self.needle in data:
             self.left -= 1
-            self.doomed.add(other)
-        if not is_request and sock in self.doomed:
             self.cuts += 1
+            self.doomed.add(other)
+            data = data if self.ran else b""
+        elif not is_request and sock in self.doomed:
             data = b""
+        elif not is_request and self.dropped is not None and self.dropped in data:
+            return
         with contextlib.suppress(OSError):
             other.sendall(data)
         if not data:
-            self.doomed.discard(sock if not is_request else other)
+            self.doomed -= {sock, other}
             for each in (sock, other):
                 self.selector.unregister(each)
                 each.close()

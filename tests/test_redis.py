@@ -397,15 +397,17 @@ def test_main_connection_killed_in_mid_stream(
     proxy.wait_log("Redis de volta")
 
 
-@pytest.mark.parametrize(("pause", "wake"), [(0, "on"), (1, "off")])
-def test_lost_answers(start_redis, start_relay, start_proxy, host, connect, start_worker, start_pusher, pause, wake):
-    """O LPOP que rodou e cuja resposta se perdeu com a conexão, vinte vezes: nada se perde, se repete ou se troca."""
+@pytest.mark.parametrize(("pause", "wake", "ran"), [(0, "on", True), (1, "off", True), (0, "off", False)])
+def test_lost_answers(
+    start_redis, start_relay, start_proxy, host, connect, start_worker, start_pusher, pause, wake, ran
+):
+    """A retirada perdida com a conexão, depois de rodar ou antes, vinte vezes: nada se perde, se repete ou se troca."""
     server = start_redis()
     relay = start_relay(server.port)
     flags = ("-P", pause, "-i", 20, "--wake", wake)
     proxy = start_proxy(*flags, redis=server, env={"REDIS_SERVER": relay.address})
     pairs = support.open_streams(connect, proxy, start_worker(server.client()), 2)
-    relay.cut_after(b":taken", 20)
+    relay.cut(b":taken", 20, ran)
     total = 150
     pushers = [start_pusher(server, task, total, 0.004) for _, task in pairs]
     for lines in harness.read_all([response for response, _ in pairs], 30):
@@ -415,13 +417,61 @@ def test_lost_answers(start_redis, start_relay, start_proxy, host, connect, star
         one.close()
 
 
+def test_lost_removal(start_redis, start_relay, start_proxy, host, connect, start_worker):
+    """O pedido de apagar as chaves que se perdeu com a conexão é refeito: nenhuma fica, seja qual for o fim."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    proxy = start_proxy(redis=server, env={"REDIS_SERVER": relay.address})
+    worker = start_worker(server.client())
+    response, task = support.open_stream(connect, proxy, worker)
+    relay.cut(b"UNLINK", 2, ran=False)
+    task.push("EOF")
+    assert response.lines() == []
+    support.wait_empty(worker.client)
+    assert relay.cuts == 2
+
+
+def test_every_wake_up_lost(start_redis, start_relay, start_proxy, host, connect, start_worker):
+    """Avisos que se perdem em silêncio, com a conexão deles viva: linha, fim e leitura literal dentro de INTERVAL."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    proxy = start_proxy("-i", 300, redis=server, env={"REDIS_SERVER": relay.address})
+    worker = start_worker(server.client())
+    relay.drop(b"__redis__:invalidate")
+    response, task = support.open_stream(connect, proxy, worker)
+    push_into_silence(response, task, 3, 0.3 + slack)
+    task.delete()
+    assert response.lines(0.3 + slack) == []
+    response, task = support.open_stream(connect, proxy, worker)
+    task.replace("a", "b")
+    assert response.lines(0.6 + slack) == [b"a", b"b"]
+
+
+def test_flood_of_foreign_wake_ups(start_proxy, host, connect, worker):
+    """Milhares de avisos de chaves alheias, acumulados, não escondem os nossos: a linha chega sem esperar INTERVAL."""
+    proxy = start_proxy("-i", 60000)
+    for burst in (1100, 1300, 1500):
+        (response, task), (literal, literal_task) = support.open_streams(connect, proxy, worker, 2)
+        proxy.freeze()
+        for number in range(burst):
+            worker.client.set("ndjson_list_alheia", number)
+        task.push("achada")
+        literal_task.replace("literal")
+        proxy.thaw()
+        assert response.line(2.5) == b"achada"
+        assert literal.lines(2.5) == [b"literal"]
+        task.finish()
+        assert response.lines(2.5) == []
+    worker.client.delete("ndjson_list_alheia")
+
+
 def test_lost_answer_of_the_submission(start_redis, start_relay, start_proxy, host, fetch, connect, start_worker):
     """O SET e o PUBLISH que rodaram e cuja resposta se perdeu: 504, nenhuma chave fica, e o pedido seguinte é atendido."""
     server = start_redis()
     relay = start_relay(server.port)
     proxy = start_proxy(redis=server, env={"REDIS_SERVER": relay.address})
     worker = start_worker(server.client())
-    relay.cut_after(b"PUBLISH")
+    relay.cut(b"PUBLISH")
     response = fetch(proxy, "POST", "/")
     assert response.status == 504
     assert response.json()["error"] == "redis_unavailable"
@@ -438,11 +488,11 @@ def test_lost_answer_of_the_ping(start_redis, start_relay, start_proxy, host, fe
     server = start_redis()
     relay = start_relay(server.port)
     proxy = start_proxy(redis=server, env={"REDIS_SERVER": relay.address})
-    relay.cut_after(b"PING")
+    relay.cut(b"PING")
     response, task = support.open_stream(connect, proxy, start_worker(server.client()))
     task.finish("fim")
     assert response.lines() == [b"fim"]
-    relay.cut_after(b"PING")
+    relay.cut(b"PING")
     assert fetch(proxy, "GET", "/ping").status == 200
     assert relay.cuts == 2
 

@@ -26,6 +26,19 @@ def test_task_exists_when_the_message_arrives(shared_proxy, connect, worker):
         assert response.lines() == []
 
 
+def test_set_comes_before_publish(redis_main, shared_proxy, connect, worker):
+    """O Redis executa o SET da tarefa antes do PUBLISH (visto com MONITOR)."""
+    with redis_main.client().monitor() as monitor:
+        response, task = support.open_stream(connect, shared_proxy, worker)
+        seen = []
+        while not seen or seen[-1][0] != "PUBLISH":
+            seen.append(monitor.next_command()["command"].split(" "))
+    assert seen[-1][1:] == ["ndjson_jobs", task.key]
+    assert ["SET", task.key] in [words[:2] for words in seen[:-1]]
+    task.finish()
+    assert response.lines() == []
+
+
 def test_lines_arrive_as_they_are_pushed(shared_proxy, connect, worker):
     """Cada linha sai logo que é empurrada, na ordem, num pedaço só, e o corpo termina com a chave."""
     response, task = support.open_stream(connect, shared_proxy, worker)
@@ -73,6 +86,19 @@ def test_large_lines_with_pause_zero(start_proxy, host, connect, worker):
     lines = [bytes([97 + number]) * size for number, size in enumerate((200_000, 300_000, 1, 3_000_000, 2, 262_144, 3))]
     task.finish(*lines)
     assert response.lines(20) == lines
+
+
+def test_slow_reader_loses_nothing(start_proxy, host, connect, worker):
+    """Um cliente que para de ler por mais que MAXTIME não perde linha nem recebe MAXTIME_ERROR pelas que já existem."""
+    proxy = start_proxy("-P", 0, "-t", 1000)
+    response, task = support.open_stream(connect, proxy, worker)
+    lines = [bytes([97 + number % 26]) * 1_000_000 for number in range(30)]
+    for line in lines:
+        task.push(line)
+    task.delete()
+    time.sleep(1.5)  # o próprio silêncio do cliente, maior que MAXTIME
+    assert response.lines(30) == lines
+    assert support.finished_row(proxy, task)["fim"] == "concluida"
 
 
 def test_pause_separates_lines(start_proxy, host, connect, worker):
