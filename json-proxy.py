@@ -628,7 +628,8 @@ class log_formatter(logging.Formatter):
         text = record.getMessage()
         if record.exc_info and log.isEnabledFor(logging.DEBUG):
             text += f" | {self.formatException(record.exc_info)}"
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         if self.journal:
             return f"<{self.priorities.get(record.levelname, 6)}>{text}"
         return self.words.get(record.levelname, "") + text
@@ -693,15 +694,16 @@ wake_channel = "__redis__:invalidate"
 # Tirar uma linha precisa ser repetível: se a conexão cai depois do LPOP e antes
 # da resposta, a linha não está mais na lista nem chegou aqui. Por isso o que sai
 # da lista fica guardado, com o número do pedido, até o pedido seguinte; o pedido
-# repetido recebe o guardado. EXISTS e LPOP são um só passo: o fim só é declarado
-# quando a chave sumiu E a lista estava vazia no mesmo instante.
+# repetido recebe o guardado. TYPE e LPOP são um só passo: o fim só é declarado
+# quando a chave sumiu E a lista se esvaziou no mesmo instante; se a chave sumiu e
+# ainda há linhas, o tipo devolvido é "more".
 take_script = """
 local kind = redis.call('TYPE', KEYS[1]).ok
 if ARGV[5] == '1' then
   local kept = redis.call('GET', KEYS[3])
   if kept then
     local past = cmsgpack.unpack(kept)
-    if past[1] == ARGV[1] then return {kind, past[2]} end
+    if past[1] == ARGV[1] then return {past[3], past[2]} end
   end
 end
 local lines, size = {}, 0
@@ -716,7 +718,8 @@ end
 fill(KEYS[2])
 if #lines == 0 and kind == 'list' then fill(KEYS[1]) end
 if #lines > 0 then
-  redis.call('SET', KEYS[3], cmsgpack.pack({ARGV[1], lines}), 'EX', ARGV[4])
+  if kind == 'none' and redis.call('EXISTS', KEYS[2]) == 1 then kind = 'more' end
+  redis.call('SET', KEYS[3], cmsgpack.pack({ARGV[1], lines, kind}), 'EX', ARGV[4])
 end
 return {kind, lines}
 """
@@ -801,7 +804,8 @@ class redis_link:
         """Envia comandos em uma só ida e volta.
 
         Argumentos:
-            commands (list[tuple]): comandos com seus argumentos.
+            commands (list): comandos, cada um uma tuple com seus argumentos; por
+                último, os já prontos para enviar (bytes; b"" se foram com o anterior).
         Retorna:
             list: uma resposta por comando; um erro do Redis vem como a exceção
             redis.ResponseError, no lugar da resposta.
@@ -809,8 +813,20 @@ class redis_link:
             redis.ConnectionError, redis.TimeoutError: se a conexão falhar; não se
             sabe então quais comandos rodaram.
         """
-        self.connection.send_packed_command(self.connection.pack_commands(commands), check_health=False)
+        loose = [command for command in commands if isinstance(command, tuple)]
+        ready = [command for command in commands if isinstance(command, bytes)]
+        self.connection.send_packed_command([*self.connection.pack_commands(loose), *ready], check_health=False)
         return [self.read() for _ in commands]
+
+    def pack(self, commands):
+        """Prepara comandos que serão enviados muitas vezes.
+
+        Argumentos:
+            commands (list[tuple]): comandos com seus argumentos.
+        Retorna:
+            bytes: os comandos no protocolo do Redis.
+        """
+        return b"".join(self.connection.pack_commands(commands))
 
     def read(self):
         """Lê uma resposta.
@@ -1054,6 +1070,8 @@ class collector(threading.Thread):
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
         self.search_at = self.stop_at = math.inf
         self.idle_at = time.monotonic() + idle_ping
+        self.wake_error = None
+        self.census = ([], b"")
 
     # -- chamados pelas outras threads ----------------------------------------
 
@@ -1089,7 +1107,8 @@ class collector(threading.Thread):
         """Pede as próximas linhas de um stream.
 
         Argumentos:
-            stream (stream): sua fila recebe uma lista de bytes ou o motivo do fim.
+            stream (stream): sua fila recebe (lista de bytes, verdadeiro se são as
+                últimas) ou o motivo do fim.
             delay (int): tempo a esperar antes de consultar, em ms.
         """
         self.post(self.accept_ask, stream, time.monotonic() + delay / 1000)
@@ -1556,7 +1575,8 @@ class collector(threading.Thread):
         for stream in takes:
             del self.hungry[stream]
             batch.append(batch_entry(self.take_commands(stream), self.on_take, stream))
-        return batch + self.build_census(now) + self.build_renewal(now)
+        # A consulta periódica vem por último, pois seus comandos já estão prontos.
+        return batch + self.build_renewal(now) + self.build_census(now)
 
     def build_census(self, now):
         """Monta a consulta periódica, que responde por todos os que esperam.
@@ -1576,11 +1596,13 @@ class collector(threading.Thread):
         self.census_at, self.search_at = now + INTERVAL / 1000, math.inf
         streams = list(self.waiting)
         if self.wake_works() and not searching:
-            # Com os avisos ligados basta contar: quase sempre não há nada.
-            return [batch_entry(
-                [("EXISTS", *[s.list for s in streams]), ("EXISTS", *[s.key for s in streams])],
-                self.on_census, len(streams),
-            )]
+            # Com os avisos ligados basta contar: quase sempre não há nada. Empacotar
+            # milhares de nomes custa mais que a consulta; quase sempre são os mesmos.
+            if streams != self.census[0]:
+                self.census = (streams, self.main.pack([
+                    ("EXISTS", *[s.list for s in streams]), ("EXISTS", *[s.key for s in streams]),
+                ]))
+            return [batch_entry([self.census[1], b""], self.on_census, len(streams))]
         if self.scripts is None:
             for stream in streams:
                 self.hungry[stream] = None
@@ -1694,7 +1716,8 @@ class collector(threading.Thread):
             stream.repeat = True
             self.hungry[stream] = None
             return
-        error = first_error(replies)
+        # Dentro de uma transação o erro vem entre as respostas do EXEC.
+        error = first_error(replies) or first_error(replies[-1])
         if isinstance(error, redis.exceptions.NoScriptError):
             # SCRIPT FLUSH: reabrir a conexão carrega os scripts de novo.
             self.hungry[stream] = None
@@ -1707,7 +1730,8 @@ class collector(threading.Thread):
         stream.repeat = False
         if lines:
             stream.sequence += 1
-            stream.answers.put(lines)
+            # Sem scripts só a próxima consulta dirá se a lista se esvaziou.
+            stream.answers.put((lines, type_name == b"none" and self.scripts is not None))
         elif type_name == b"none":
             stream.answers.put(ended_done)
         elif type_name == b"list" and self.scripts is None and stream.source != stream.key:
@@ -1874,6 +1898,11 @@ class stream:
         """
         try:
             yield from self.pump()
+        except Exception as error:
+            self.reason = ended_error
+            log.error("tarefa=%s falha interna: %s: %s", self.name, type(error).__name__, error)
+            log.debug("tarefa=%s falha interna", self.name, exc_info=True)
+            yield self.count(error_line("internal", "falha interna do proxy"), 1)
         finally:
             self.close()
 
@@ -1897,14 +1926,14 @@ class stream:
                 yield HEARTBEAT_LINE + b"\n"
                 last_sent = time.monotonic()
                 continue
-            if not isinstance(answer, list):
+            if not isinstance(answer, tuple):
                 yield from self.end(answer)
                 return
-            chunk, lines, is_end = join_lines(answer)
+            chunk, lines, is_end = join_lines(answer[0])
             if chunk:
                 yield self.count(chunk, lines)
-            if is_end:
-                self.reason = ended_word
+            if is_end or answer[1]:
+                self.reason = ended_word if is_end else ended_done
                 return
             # O relógio conta a partir do envio: um cliente lento não faz vencer
             # o prazo de linhas que já estão na lista.
