@@ -996,6 +996,10 @@ def build_task(name, request, body):
 take_lines = 500
 take_bytes = 262144
 round_takes = 128
+# Tarefas examinadas uma a uma em cada consulta periódica, em rodízio: a contagem
+# não percebe uma tarefa trocada por uma lista, se o aviso dela se perder. É uma
+# rede de segurança; cada uma custa um comando.
+rotation_size = 6
 # Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
 answer_timeout = 5.0
 # Tempos do coletor, em segundos: tolerância para um aviso já a caminho, sinal de
@@ -1072,6 +1076,7 @@ class collector(threading.Thread):
         self.idle_at = time.monotonic() + idle_ping
         self.wake_error = None
         self.census = ([], b"")
+        self.rotation = 0
 
     # -- chamados pelas outras threads ----------------------------------------
 
@@ -1511,6 +1516,9 @@ class collector(threading.Thread):
                 if isinstance(message, list) and message[0] == b"message":
                     # FLUSHALL e FLUSHDB avisam sem nomear chaves.
                     self.wake_streams(list(self.names) if message[2] is None else message[2])
+            else:
+                # O que o redis-py já leu do socket não acordaria mais o epoll.
+                self.inbox.append((self.read_wake, ()))
         except (redis.RedisError, OSError) as error:
             self.lose_wake(error)
 
@@ -1596,13 +1604,16 @@ class collector(threading.Thread):
         self.census_at, self.search_at = now + INTERVAL / 1000, math.inf
         streams = list(self.waiting)
         if self.wake_works() and not searching:
+            part = [streams[(self.rotation + i) % len(streams)] for i in range(min(len(streams), rotation_size))]
+            self.rotation += rotation_size
             # Com os avisos ligados basta contar: quase sempre não há nada. Empacotar
             # milhares de nomes custa mais que a consulta; quase sempre são os mesmos.
             if streams != self.census[0]:
                 self.census = (streams, self.main.pack([
                     ("EXISTS", *[s.list for s in streams]), ("EXISTS", *[s.key for s in streams]),
                 ]))
-            return [batch_entry([self.census[1], b""], self.on_census, len(streams))]
+            count = batch_entry([self.census[1], b""], self.on_census, len(streams))
+            return [batch_entry([("TYPE", s.key) for s in part], self.on_types, part), count]
         if self.scripts is None:
             for stream in streams:
                 self.hungry[stream] = None
@@ -1755,6 +1766,19 @@ class collector(threading.Thread):
         elif replies != [0, count]:
             # Quase sempre é um aviso a caminho; se não for, procura-se quem é.
             self.search_at = time.monotonic() + wake_grace
+
+    def on_types(self, streams, replies):
+        """Põe na fila os streams cuja tarefa já não é a string que gravamos.
+
+        Argumentos:
+            streams (list[stream]): streams consultados, na ordem da pergunta.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        if isinstance(replies, Exception) or first_error(replies):
+            return
+        for stream, type_name in zip(streams, replies, strict=True):
+            if type_name != b"string" and self.waiting.pop(stream, self) is None:
+                self.hungry[stream] = None
 
     def on_search(self, streams, replies):
         """Põe na fila os streams que têm o que buscar.
