@@ -380,9 +380,14 @@ def test_head_makes_no_task(target, shared_proxy, connect, worker):
     worker.idle()
     if (response.header("Connection") or "").lower() == "close":
         assert conn.at_end()
-    else:
-        # Nenhum byte de corpo: o pedido seguinte na mesma conexão é entendido.
-        assert conn.request("GET", "/ping").response().body() == b"pong"
+        return
+    # Nenhum byte de corpo: o pedido seguinte na mesma conexão é entendido. O waitress 2.1 (Debian 12) fecha sem avisar,
+    # o que o HTTP permite; um corpo que tivesse vazado ainda apareceria aqui.
+    conn.request("GET", "/ping")
+    try:
+        assert conn.response().body() == b"pong"
+    except (harness.broken, ConnectionResetError):
+        assert (conn.current.head, conn.current.buffer) == (None, b"")
 
 
 @pytest.mark.parametrize("target", ["/", "/x", "/ping", "*"])
@@ -544,10 +549,11 @@ def test_body_cut_short(shared_proxy, connect, worker):
         worker.idle()
 
 
+# Nas três primeiras, o waitress 2.1 (Debian 12) toma a linha inteira por um método, e a resposta é 405.
 malformed = [
-    ("linha", b"LIXO\r\n\r\n", {400}),
-    ("linha-vazia-de-sentido", b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", {400}),
-    ("quatro-palavras", b"GET / a HTTP/1.1\r\nHost: x\r\n\r\n", {400}),
+    ("linha", b"LIXO\r\n\r\n", {400, 405}),
+    ("linha-vazia-de-sentido", b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", {400, 405}),
+    ("quatro-palavras", b"GET / a HTTP/1.1\r\nHost: x\r\n\r\n", {400, 405}),
     ("tamanho-texto", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n", {400}),
     ("tamanho-negativo", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", {400}),
     ("tamanho-mais", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +5\r\n\r\nabcde", {400}),
