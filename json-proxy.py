@@ -2331,6 +2331,8 @@ backlog = 4096
 # Tempo máximo, em segundos, de um cliente que não envia a requisição ou não lê a
 # resposta.
 client_timeout = 60
+# Tempo, em segundos, que uma thread do servidor do Flask espera por outro cliente.
+thread_patience = 10
 last_chunk = b"0\r\n\r\n"
 
 
@@ -2538,6 +2540,47 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
     """Servidor do Flask que para entre duas conexões e sobrevive a erros."""
 
     next_complaint = 0.0
+
+    def __init__(self, *args, **options):
+        """Prepara as threads reaproveitadas.
+
+        Argumentos:
+            args (object): argumentos do werkzeug.
+            options (object): argumentos nomeados do werkzeug.
+        """
+        self.accepted = collections.deque()
+        self.ready = threading.Condition()
+        self.idle = 0
+        super().__init__(*args, **options)
+
+    def process_request(self, request, client_address):
+        """Entrega a conexão a uma thread livre, criando-a se preciso.
+
+        Criar e encerrar uma thread por conexão custa mais que reaproveitá-la.
+
+        Argumentos:
+            request (socket.socket): conexão aceita.
+            client_address (tuple): endereço do cliente.
+        """
+        with self.ready:
+            self.accepted.append((request, client_address))
+            if self.idle >= len(self.accepted):
+                self.ready.notify()
+                return
+        threading.Thread(target=self.work, name="cliente", daemon=True).start()
+
+    def work(self):
+        """Atende conexões até passar thread_patience segundos sem nenhuma."""
+        while True:
+            with self.ready:
+                self.idle += 1
+                self.ready.wait_for(lambda: self.accepted, thread_patience)
+                self.idle -= 1
+                if not self.accepted:
+                    return
+                request, client_address = self.accepted.popleft()
+            self.process_request_thread(request, client_address)
+            del request
 
     def complain(self):
         """Avisa, no máximo uma vez por minuto, que faltam descritores."""
