@@ -524,7 +524,7 @@ class proxy_process(background):
 class finished:
     """O resultado de uma execução do json-proxy.py que terminou por si."""
 
-    def __init__(self, status, out, err, took):
+    def __init__(self, status, out, err, took, again):
         """Guarda o resultado.
 
         Argumentos:
@@ -532,7 +532,9 @@ class finished:
             out: texto de stdout.
             err: texto de stderr.
             took: duração em segundos.
+            again: função que repete a execução e devolve outro finished.
         """
+        self.again = again
         self.status = status
         self.out = out
         self.err = err
@@ -566,7 +568,8 @@ def run_proxy(*flags, env=None, cwd=None, timeout=20.0):
         check=False,
     )
     took = time.monotonic() - began
-    return finished(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"), took)
+    again = functools.partial(run_proxy, *flags, env=env, cwd=cwd, timeout=timeout)
+    return finished(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"), took, again)
 
 
 class arrived(bytes):

@@ -561,6 +561,8 @@ malformed = [
     ("pedaço", b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n", {400}),
     ("pedaço-negativo", b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n\r\n", {400}),
     ("codificação", b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", {400, 501}),
+    ("sem-dois-pontos", b"POST / HTTP/1.1\r\nHost: x\r\nlixo\r\nContent-Length: 2\r\n\r\nab", {400}),
+    ("nome-com-espaço", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length : 2\r\n\r\nab", {400}),
     ("linha-longa", b"GET /" + b"a" * 300000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", {400, 414, 431}),
     ("cabeçalho-longo", b"GET / HTTP/1.1\r\nX: " + b"a" * 300000 + b"\r\n\r\n", {400, 431}),
     ("muitos-cabeçalhos", b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 60000 + b"\r\n", {400, 431}),

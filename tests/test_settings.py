@@ -169,14 +169,15 @@ def give(folder, layer, name, value):
 
 
 def in_time(done):
-    """Confere que a execução coube nos 6 s do contrato, descontado o que esta máquina leva só para subir o Python.
+    """Confere que a execução cabe nos 6 s do contrato; uma máquina ocupada atrasa qualquer uma, mas não três seguidas.
 
     Argumentos:
         done: o harness.finished.
     """
-    # Numa máquina livre a subida leva um quarto de segundo; só se mede quando ela pode ter pesado.
-    spare = harness.run_proxy("--version", env={}).took if done.took >= 6 else 0
-    assert done.took < 6 + spare, done
+    times = [done.took]
+    while times[-1] >= 6 and len(times) < 3:
+        times.append(done.again().took)
+    assert times[-1] < 6, (times, done)
 
 
 def one_sentence(done, status):
