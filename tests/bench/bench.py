@@ -37,16 +37,30 @@ def read_arguments(argv):
     """
     parser = argparse.ArgumentParser(prog="tests/bench/run", description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, help="rodadas de cada cenário (padrão: 3; 1 com --quick)")
-    parser.add_argument("--quick", action="store_true", help="forma de cerca de um minuto: L1, IDLE, THR e REQ pequenos")
-    parser.add_argument("--only", action="append", default=[], metavar="CENÁRIO",
-                        help=f"só este cenário; pode ser repetido: {', '.join(scenarios.scenarios)}")
-    parser.add_argument("--server", action="append", default=[], metavar="NOME",
-                        help=f"só este servidor; pode ser repetido: {', '.join(servers.contestants)}")
+    parser.add_argument(
+        "--quick", action="store_true", help="forma de cerca de um minuto: L1, IDLE, THR e REQ pequenos"
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="CENÁRIO",
+        help=f"só este cenário; pode ser repetido: {', '.join(scenarios.scenarios)}",
+    )
+    parser.add_argument(
+        "--server",
+        action="append",
+        default=[],
+        metavar="NOME",
+        help=f"só este servidor; pode ser repetido: {', '.join(servers.contestants)}",
+    )
     parser.add_argument("--out", metavar="PASTA", help="pasta dos resultados (padrão: na pasta de cache)")
     parser.add_argument("--report", metavar="PASTA", help="só refaz tabela e gráfico dos resultados desta pasta")
     given = parser.parse_args(argv)
-    for name, known in [*((name, scenarios.scenarios) for name in given.only),
-                        *((name, servers.contestants) for name in given.server)]:
+    for name, known in [
+        *((name, scenarios.scenarios) for name in given.only),
+        *((name, servers.contestants) for name in given.server),
+    ]:
         if name not in known:
             parser.error(f"{name} não existe; use {', '.join(known)}")
     given.runs = given.runs or (1 if given.quick else 3)
@@ -119,8 +133,11 @@ def show(record):
         record: a medição.
     """
     figures = record.get("figures")
-    words = " ".join(f"{name}={report.short(value)}" for name, value in figures.items()
-                     if name not in ("last", "bytes")) if figures else f"QUEBRADO: {record['broken']}"
+    words = (
+        " ".join(f"{name}={report.short(value)}" for name, value in figures.items() if name not in ("last", "bytes"))
+        if figures
+        else f"QUEBRADO: {record['broken']}"
+    )
     print(f"{record['scenario']:10} {record['server']:14} {record['run']}: {words}", file=sys.stderr, flush=True)
 
 
@@ -154,8 +171,9 @@ def run_all(given, folder):
                 record |= measure(scenario, given.quick, servers.contestants[server], f"{name}-{run}")
                 results["records"].append(record)
                 show(record)
-                (folder / "results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n",
-                                                     encoding="utf-8")
+                (folder / "results.json").write_text(
+                    json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+                )
     return results
 
 

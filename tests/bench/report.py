@@ -181,8 +181,9 @@ def render(results):
         str: Markdown.
     """
     found, missing = medians(results), results["missing"]
-    order = [server for server in (*scenarios.proxies, *scenarios.peers, "floor")
-             if any(key[1] == server for key in found)]
+    order = [
+        server for server in (*scenarios.proxies, *scenarios.peers, "floor") if any(key[1] == server for key in found)
+    ]
     parts = [f"Medianas de {results['runs']} rodada(s)" + (", forma rápida" if results["quick"] else "") + ".\n"]
     parts.append(table(["máquina", ""], [[name, text] for name, text in results["machine"].items()]))
     lines = []
@@ -196,10 +197,18 @@ def render(results):
     lines = [line for line in lines if any(line[1:])]
     if ours and lines:
         parts.append(table(["alvo", *ours], lines))
-    notes = sorted({f"- {server}, {scenario}: {reason}." for scenario, refused in missing.items()
-                    for server, reason in refused.items()})
-    notes += [f"- quebrado: {record['scenario']}, {record['server']}, rodada {record['run']}: {record['broken']}"
-              for record in results["records"] if "broken" in record]
+    notes = sorted(
+        {
+            f"- {server}, {scenario}: {reason}."
+            for scenario, refused in missing.items()
+            for server, reason in refused.items()
+        }
+    )
+    notes += [
+        f"- quebrado: {record['scenario']}, {record['server']}, rodada {record['run']}: {record['broken']}"
+        for record in results["records"]
+        if "broken" in record
+    ]
     if notes:
         parts.append("\n".join(notes) + "\n")
     return "\n".join(parts)
@@ -227,8 +236,11 @@ def plot(results, path):
     figure, axes = matplotlib.pyplot.subplots(figsize=(9, 5.5), layout="constrained")
     drawn = 0
     for index, server in enumerate((*scenarios.proxies, *scenarios.peers, "floor")):
-        points = [(scenarios.scenarios[name].streams, found[name, server]) for name in names
-                  if "latency_p50_ms" in found.get((name, server), {})]
+        points = [
+            (scenarios.scenarios[name].streams, found[name, server])
+            for name in names
+            if "latency_p50_ms" in found.get((name, server), {})
+        ]
         if not points:
             continue
         drawn += 1
@@ -237,8 +249,13 @@ def plot(results, path):
         axes.plot(counts, [figures["latency_p50_ms"] for _, figures in points], "o-", label=server, **gray)
         axes.plot(counts, [figures["latency_p99_ms"] for _, figures in points], "o:", markersize=3, **gray)
     if drawn:
-        axes.set(xscale="log", yscale="log", xlabel="streams simultâneos", ylabel="latência de uma linha, ms",
-                 title="Do RPUSH do trabalhador ao cliente: p50 (linha cheia) e p99 (pontilhada)")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="streams simultâneos",
+            ylabel="latência de uma linha, ms",
+            title="Do RPUSH do trabalhador ao cliente: p50 (linha cheia) e p99 (pontilhada)",
+        )
         axes.grid(True, which="both", alpha=0.25)
         axes.legend()
         figure.savefig(path, dpi=110)

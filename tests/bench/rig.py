@@ -32,7 +32,9 @@ class helper:
         """
         self.name = script.removesuffix(".py")
         self.child = subprocess.Popen(
-            [sys.executable, str(here / script), *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, str(here / script), *map(str, words)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             preexec_fn=servers.die_with_parent,
         )
         self.data = b""
@@ -250,8 +252,17 @@ class rig:
             dict: latências, tempos do fim e custo por linha.
         """
         before = self.usage()
-        told = self.worker.do("timed", seed=f"{self.seed}-{label}", first=first, count=count, lines=lines, gap=gap,
-                              pad=pad, end=end and self.ends, every=every)
+        told = self.worker.do(
+            "timed",
+            seed=f"{self.seed}-{label}",
+            first=first,
+            count=count,
+            lines=lines,
+            gap=gap,
+            pad=pad,
+            end=end and self.ends,
+            every=every,
+        )
         self.wait_end(end)
         after = self.usage()
         figures = self.cost(before, after, told["pushed"])
@@ -291,8 +302,10 @@ class rig:
             raise broken(f"{told['broken']} de {count} streams quebrados: {told['reasons']}")
         took = [told["ends"][number] - moment for number, moment in ends.items() if number in told["ends"]]
         return {
-            **milliseconds(told["latencies"], "latency"), **milliseconds(took, "end"),
-            "last": told["last"], "bytes": told["bytes"],
+            **milliseconds(told["latencies"], "latency"),
+            **milliseconds(took, "end"),
+            "last": told["last"],
+            "bytes": told["bytes"],
         }
 
     # -- consumo --------------------------------------------------------------

@@ -244,7 +244,8 @@ def big(make, seed, lines, pad, streams):
         figures = bench.play("big", first, 1, lines, [0.05, 0.15], pad=pad)
         rest = burst(bench, first + 1, streams, lines, pad, 1)
         return {name: figures[name] for name in figures if name.startswith("latency")} | {
-            "mb_s": rest["mb_s"], "server_us_line": rest["server_us_line"],
+            "mb_s": rest["mb_s"],
+            "server_us_line": rest["server_us_line"],
         }
 
 
@@ -355,8 +356,13 @@ everyone = (*proxies, *peers)
 measured = (*everyone, "floor")
 every_five = {"lines": 4, "gap": [4.5, 5.5], "every": False}
 scenarios = {
-    "L1": scenario(timed, measured, 1, {"streams": 1, "lines": 50, "gap": [0.3, 0.7]},
-                   {"streams": 1, "lines": 12, "gap": [0.2, 0.4]}),
+    "L1": scenario(
+        timed,
+        measured,
+        1,
+        {"streams": 1, "lines": 50, "gap": [0.3, 0.7]},
+        {"streams": 1, "lines": 12, "gap": [0.2, 0.4]},
+    ),
     "L100": scenario(timed, measured, 100, {"streams": 100, "lines": 5, "gap": [0.5, 2]}),
     "L1000": scenario(timed, measured, 1000, {"streams": 1000, "lines": 5, "gap": [0.5, 2]}),
     "END": scenario(end, (*proxies, "limit", "nchan", "floor"), 100, {"streams": 100, "gap": [0.5, 4]}),
@@ -365,13 +371,17 @@ scenarios = {
     "IDLE10000": scenario(idle, everyone, 10000, {"streams": 10000, "seconds": 15}),
     "OPEN": scenario(opening, measured, 1000, {"streams": 1000}),
     "THR": scenario(throughput, measured, 20, {"streams": 20, "lines": 5000}, {"streams": 20, "lines": 1000}),
-    "REQ": scenario(requests, (*proxies, "limit"), 32, {"total": 20000, "parallel": 32, "seconds": 6},
-                    {"total": 5000, "parallel": 32, "seconds": 2}),
+    "REQ": scenario(
+        requests,
+        (*proxies, "limit"),
+        32,
+        {"total": 20000, "parallel": 32, "seconds": 6},
+        {"total": 5000, "parallel": 32, "seconds": 2},
+    ),
     "BIG": scenario(big, everyone, 4, {"lines": 20, "pad": 1_000_000, "streams": 4}),
     "SCALE2000": scenario(timed, measured, 2000, {"streams": 2000, **every_five}),
     "SCALE5000": scenario(timed, measured, 5000, {"streams": 5000, **every_five}),
     "SCALE10000": scenario(timed, measured, 10000, {"streams": 10000, **every_five}),
     "LONE": scenario(lone, everyone, 10000, {"streams": 10000, "lines": 50, "gap": [0.3, 0.7]}),
-    "FOREIGN": scenario(foreign, proxies, 1000,
-                        {"streams": 1000, "lines": 8, "gap": [0.5, 1.5], "idle_streams": 1000}),
+    "FOREIGN": scenario(foreign, proxies, 1000, {"streams": 1000, "lines": 8, "gap": [0.5, 1.5], "idle_streams": 1000}),
 }

@@ -75,8 +75,10 @@ def find_nchan():
     Retorna:
         str: o caminho, ou None.
     """
-    return next((f"{name}/ngx_nchan_module.so" for name in module_folders
-                 if os.path.exists(f"{name}/ngx_nchan_module.so")), None)
+    return next(
+        (f"{name}/ngx_nchan_module.so" for name in module_folders if os.path.exists(f"{name}/ngx_nchan_module.so")),
+        None,
+    )
 
 
 def find_redis():
@@ -121,7 +123,12 @@ class process:
         self.log = self.folder / f"{self.name}-{id(self)}.log"
         with open(self.log, "wb") as file:
             self.child = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=self.folder,
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=env,
+                cwd=self.folder,
                 preexec_fn=die_with_parent,
             )
 
@@ -244,11 +251,29 @@ class redis_server(process):
             redis_server: o próprio.
         """
         self.port = free_port()
-        self.spawn([
-            find_redis(), "--bind", host, "--port", str(self.port), "--save", "", "--appendonly", "no",
-            "--maxclients", str(hard_limit - 64), "--tcp-backlog", "4096", "--dir", str(self.folder),
-            "--daemonize", "no", "--enable-debug-command", "no",
-        ])
+        self.spawn(
+            [
+                find_redis(),
+                "--bind",
+                host,
+                "--port",
+                str(self.port),
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+                "--maxclients",
+                str(hard_limit - 64),
+                "--tcp-backlog",
+                "4096",
+                "--dir",
+                str(self.folder),
+                "--daemonize",
+                "no",
+                "--enable-debug-command",
+                "no",
+            ]
+        )
         self.wait_until(self.answers, "o Redis atender")
         self.sock = socket.create_connection((host, self.port))
         return self
@@ -264,8 +289,11 @@ class redis_server(process):
         """
         self.sock.sendall(f"INFO {section}\r\n".encode())
         data = b""
-        while not (data.endswith(b"\r\n") and b"\r\n" in data and len(data) >= data.find(b"\r\n") + 4 + int(
-                data[1:data.find(b"\r\n")])):
+        while not (
+            data.endswith(b"\r\n")
+            and b"\r\n" in data
+            and len(data) >= data.find(b"\r\n") + 4 + int(data[1 : data.find(b"\r\n")])
+        ):
             data += self.sock.recv(65536)
         rows = data.decode().split("\r\n")[1:]
         return dict(row.split(":", 1) for row in rows if ":" in row)
@@ -441,7 +469,8 @@ class nchan(contestant):
         )
         user = "user root;" if os.getuid() == 0 else ""
         config = self.folder / "nginx.conf"
-        config.write_text(f"""
+        config.write_text(
+            f"""
             load_module {find_nchan()};
             {user}
             daemon off;
@@ -467,9 +496,20 @@ class nchan(contestant):
                     location = /ok {{ return 204; }}
                 }}
             }}
-        """, encoding="utf-8")
-        self.spawn([find_program("nginx"), "-c", str(config), "-p", str(self.folder), "-e",
-                    str(self.folder / "nginx-error.log")])
+        """,
+            encoding="utf-8",
+        )
+        self.spawn(
+            [
+                find_program("nginx"),
+                "-c",
+                str(config),
+                "-p",
+                str(self.folder),
+                "-e",
+                str(self.folder / "nginx-error.log"),
+            ]
+        )
         self.wait_until(self.answers, "o nginx atender")
 
 
