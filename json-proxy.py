@@ -54,6 +54,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -356,6 +357,8 @@ settings = [
             "streams simultâneos; um a mais recebe 503"),
     setting("MAX_BODY", ("--max-body",), integer(0, 536870912), "16777216", "Limites", "bytes",
             "tamanho máximo do corpo da requisição; maior recebe 413"),
+    setting("ONE_CORE", ("--one-core",), switch_kind, "on", "Limites", "",
+            "prende o processo a um núcleo: sob o GIL, os outros só atrasam a troca de threads"),
     setting("LOG_LEVEL", ("--log-level",), choice("debug", "info", "warning", "error"), "info", "Log", "",
             "nível mínimo das mensagens de log"),
     setting("ENV_FILE", ("-f", "--env-file"), pattern(r"[^\x00:]+(:[^\x00:]+)*", "o caminho de um arquivo, ou de vários separados por :"),
@@ -385,6 +388,7 @@ HEARTBEAT_LINE: bytes = ...
 DRAIN: int = ...
 MAX_STREAMS: int = ...
 MAX_BODY: int = ...
+ONE_CORE: bool = ...
 LOG_LEVEL: str = ...
 ENV_FILE: str = ...
 
@@ -804,8 +808,8 @@ class redis_link:
         """Envia comandos em uma só ida e volta.
 
         Argumentos:
-            commands (list): comandos, cada um uma tuple com seus argumentos; por
-                último, os já prontos para enviar (bytes; b"" se foram com o anterior).
+            commands (list): comandos, cada um uma tuple com seus argumentos ou os
+                bytes de pack_command.
         Retorna:
             list: uma resposta por comando; um erro do Redis vem como a exceção
             redis.ResponseError, no lugar da resposta.
@@ -813,20 +817,12 @@ class redis_link:
             redis.ConnectionError, redis.TimeoutError: se a conexão falhar; não se
             sabe então quais comandos rodaram.
         """
-        loose = [command for command in commands if isinstance(command, tuple)]
-        ready = [command for command in commands if isinstance(command, bytes)]
-        self.connection.send_packed_command([*self.connection.pack_commands(loose), *ready], check_health=False)
+        packed = b"".join(
+            command if isinstance(command, bytes) else b"".join(self.connection.pack_command(*command))
+            for command in commands
+        )
+        self.connection.send_packed_command([packed], check_health=False)
         return [self.read() for _ in commands]
-
-    def pack(self, commands):
-        """Prepara comandos que serão enviados muitas vezes.
-
-        Argumentos:
-            commands (list[tuple]): comandos com seus argumentos.
-        Retorna:
-            bytes: os comandos no protocolo do Redis.
-        """
-        return b"".join(self.connection.pack_commands(commands))
 
     def read(self):
         """Lê uma resposta.
@@ -859,6 +855,33 @@ class redis_link:
         """
         # O redis-py não o publica; o nome é o mesmo em todas as versões.
         return self.connection._sock.fileno()
+
+
+def pack_words(*words):
+    """Escreve palavras no protocolo do Redis.
+
+    Argumentos:
+        words (bytes | str | int): palavras de um comando.
+    Retorna:
+        bytes: cada palavra com seu tamanho; a ser juntado por pack_command.
+    """
+    words = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+    return b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+
+
+def pack_command(count, *parts):
+    """Monta um comando com partes já escritas.
+
+    O redis-py escreve qualquer comando, mas leva 1 µs por palavra; a consulta
+    periódica tem milhares delas, sempre as mesmas.
+
+    Argumentos:
+        count (int): número de palavras.
+        parts (bytes): palavras escritas por pack_words.
+    Retorna:
+        bytes: o comando no protocolo do Redis.
+    """
+    return b"*%d\r\n" % count + b"".join(parts)
 
 
 def redis_ping():
@@ -1036,6 +1059,17 @@ def first_error(replies):
     return next((reply for reply in replies if isinstance(reply, redis.ResponseError)), None)
 
 
+def slices(streams):
+    """Divide uma lista de streams, para que um comando não segure o Redis.
+
+    Argumentos:
+        streams (list[stream]): streams.
+    Retorna:
+        list[list]: fatias de até 500 streams.
+    """
+    return [streams[start:start + 500] for start in range(0, len(streams), 500)]
+
+
 class collector(threading.Thread):
     """Thread que conversa com o Redis em nome de todos os streams.
 
@@ -1066,17 +1100,18 @@ class collector(threading.Thread):
         self.paused = []
         self.renewals = collections.deque()
         self.scripts = None
+        self.take_head = b""
         self.main_fd = self.wake_fd = -1
         self.wake_error = None
         self.is_down = self.wake_lost = self.wake_refused = self.scripts_refused = False
         self.failures = 0
         self.retry_at = self.wake_retry_at = self.census_at = self.gone_at = 0.0
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
-        self.search_at = self.stop_at = math.inf
+        self.recount_at = self.stop_at = math.inf
         self.idle_at = time.monotonic() + idle_ping
         self.wake_error = None
-        self.census = ([], b"")
         self.rotation = 0
+        self.suspects, self.census_serial = [], 0
 
     # -- chamados pelas outras threads ----------------------------------------
 
@@ -1278,9 +1313,9 @@ class collector(threading.Thread):
             moments.append(self.gone_at)
         if not self.main.is_open:
             return min(*moments, self.retry_at)
-        if self.hungry or self.removals:
+        if self.hungry or self.removals or self.suspects:
             return 0.0
-        moments += [self.idle_at, self.search_at]
+        moments += [self.idle_at, self.recount_at]
         if self.waiting:
             moments.append(self.census_at)
         if self.paused:
@@ -1384,6 +1419,7 @@ class collector(threading.Thread):
             raise
         refusal = first_error(digests)
         self.scripts = None if refusal else digests
+        self.take_head = pack_words("EVALSHA", digests[0], 3) if self.scripts else b""
         if refusal and not self.scripts_refused:
             log.warning(
                 "o Redis não aceita scripts (%s): as linhas são tiradas com LPOP simples, e uma queda "
@@ -1583,11 +1619,15 @@ class collector(threading.Thread):
         for stream in takes:
             del self.hungry[stream]
             batch.append(batch_entry(self.take_commands(stream), self.on_take, stream))
-        # A consulta periódica vem por último, pois seus comandos já estão prontos.
-        return batch + self.build_renewal(now) + self.build_census(now)
+        return batch + self.build_census(now) + self.build_renewal(now)
 
     def build_census(self, now):
         """Monta a consulta periódica, que responde por todos os que esperam.
+
+        Com os avisos ligados basta contar: quase sempre não há nada a buscar. Se a
+        conta não fecha, quase sempre é um aviso a caminho: depois de wake_grace,
+        recontam-se, em fatias, os que ainda esperam, e só na fatia que não fecha
+        procura-se quem é.
 
         Argumentos:
             now (float): instante do relógio monotônico, em segundos.
@@ -1596,38 +1636,66 @@ class collector(threading.Thread):
         """
         if not self.waiting:
             # O primeiro a esperar terá um INTERVAL inteiro.
-            self.census_at, self.search_at = now + INTERVAL / 1000, math.inf
+            self.census_at, self.recount_at = now + INTERVAL / 1000, math.inf
+            self.suspects = []
             return []
-        searching = now >= self.search_at
-        if not searching and now < self.census_at:
-            return []
-        self.census_at, self.search_at = now + INTERVAL / 1000, math.inf
-        streams = list(self.waiting)
-        if self.wake_works() and not searching:
-            part = [streams[(self.rotation + i) % len(streams)] for i in range(min(len(streams), rotation_size))]
-            self.rotation += rotation_size
-            # Com os avisos ligados basta contar: quase sempre não há nada. Empacotar
-            # milhares de nomes custa mais que a consulta; quase sempre são os mesmos.
-            if streams != self.census[0]:
-                self.census = (streams, self.main.pack([
-                    ("EXISTS", *[s.list for s in streams]), ("EXISTS", *[s.key for s in streams]),
-                ]))
-            count = batch_entry([self.census[1], b""], self.on_census, len(streams))
-            return [batch_entry([("TYPE", s.key) for s in part], self.on_types, part), count]
+        batch = []
+        if now >= self.recount_at:
+            self.recount_at = math.inf
+            # Quem voltou a esperar depois da conta está no fim.
+            old = list(itertools.takewhile(lambda s: self.waiting[s] <= self.census_serial, self.waiting))
+            batch += [self.count_entry(part, self.on_recount) for part in slices(old)]
+        if now >= self.census_at:
+            self.census_at = now + INTERVAL / 1000
+            batch += self.build_count(list(self.waiting))
+        suspects, self.suspects = self.suspects, []
         if self.scripts is None:
-            for stream in streams:
-                self.hungry[stream] = None
-            self.waiting = {}
-            return []
-        # Em fatias, para que um script não segure o Redis.
-        slices = [streams[start:start + 500] for start in range(0, len(streams), 500)]
-        return [
-            batch_entry(
-                [("EVALSHA", self.scripts[1], 2 * len(part), *[key for s in part for key in (s.key, s.list)])],
-                self.on_search, part,
-            )
-            for part in slices
+            for stream in suspects:
+                if self.waiting.pop(stream, None) is not None:
+                    self.hungry[stream] = None
+            return batch
+        return batch + [
+            batch_entry([pack_command(
+                3 + 2 * len(part), pack_words("EVALSHA", self.scripts[1], 2 * len(part)),
+                *[keys for s in part for keys in (s.packed_key, s.packed_list)],
+            )], self.on_search, part)
+            for part in slices(suspects)
         ]
+
+    def build_count(self, streams):
+        """Monta a contagem de todos os que esperam; sem avisos, a procura de todos.
+
+        Argumentos:
+            streams (list[stream]): streams à espera.
+        Retorna:
+            list[batch_entry]: a contagem e o exame de algumas tarefas, em rodízio.
+        """
+        if not self.wake_works():
+            self.suspects = streams
+            return []
+        self.census_serial = next(self.order)
+        part = [streams[(self.rotation + i) % len(streams)] for i in range(min(len(streams), rotation_size))]
+        self.rotation += rotation_size
+        return [
+            batch_entry([("TYPE", s.key) for s in part], self.on_types, part),
+            self.count_entry(streams, self.on_count),
+        ]
+
+    def count_entry(self, streams, on_reply):
+        """Monta a contagem das listas e das tarefas que existem.
+
+        Argumentos:
+            streams (list[stream]): streams à espera.
+            on_reply (callable): quem trata a resposta.
+        Retorna:
+            batch_entry: dois comandos, seja qual for o número de streams.
+        """
+        words = 1 + len(streams)
+        head = pack_words("EXISTS")
+        return batch_entry([
+            pack_command(words, head, *[s.packed_list for s in streams]),
+            pack_command(words, head, *[s.packed_key for s in streams]),
+        ], on_reply, streams)
 
     def build_renewal(self, now):
         """Monta a renovação da validade das chaves dos streams vivos.
@@ -1659,9 +1727,9 @@ class collector(threading.Thread):
         """
         lines = 1 if PAUSE else take_lines
         if self.scripts is not None:
-            return [(
-                "EVALSHA", self.scripts[0], 3, stream.key, stream.list, stream.taken,
-                stream.sequence, lines, take_bytes, REDIS_TTL, int(stream.repeat),
+            return [pack_command(
+                11, self.take_head, stream.packed_keys,
+                pack_words(stream.sequence, lines, take_bytes, REDIS_TTL, int(stream.repeat)),
             )]
         return [("MULTI",), ("TYPE", stream.key), ("LPOP", stream.source, lines), ("EXEC",)]
 
@@ -1697,7 +1765,7 @@ class collector(threading.Thread):
         """
         error = replies if isinstance(replies, Exception) else first_error(replies)
         if error is None and not stream.ended:
-            self.waiting[stream] = None
+            self.waiting[stream] = next(self.order)
             self.renewals.append((time.monotonic() + REDIS_TTL / 3, stream))
         stream.answers.put(replies[3][1] if error is None else error)
 
@@ -1749,13 +1817,13 @@ class collector(threading.Thread):
             stream.source = stream.key
             self.hungry[stream] = None
         else:
-            self.waiting[stream] = None
+            self.waiting[stream] = next(self.order)
 
-    def on_census(self, count, replies):
-        """Compara as contagens da consulta periódica com o esperado.
+    def on_count(self, streams, replies):
+        """Compara a contagem de todos com o esperado.
 
         Argumentos:
-            count (int): número de streams consultados.
+            streams (list[stream]): streams contados.
             replies (list | Exception): respostas ou a falha da conexão.
         """
         if isinstance(replies, Exception):
@@ -1763,9 +1831,18 @@ class collector(threading.Thread):
         error = first_error(replies)
         if error is not None:
             log.warning("a consulta periódica falhou: %s", error)
-        elif replies != [0, count]:
-            # Quase sempre é um aviso a caminho; se não for, procura-se quem é.
-            self.search_at = time.monotonic() + wake_grace
+        elif replies != [0, len(streams)]:
+            self.recount_at = time.monotonic() + wake_grace
+
+    def on_recount(self, streams, replies):
+        """Anota para procura a fatia cuja conta não fecha.
+
+        Argumentos:
+            streams (list[stream]): streams contados.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        if not isinstance(replies, Exception) and replies != [0, len(streams)]:
+            self.suspects += streams
 
     def on_types(self, streams, replies):
         """Põe na fila os streams cuja tarefa já não é a string que gravamos.
@@ -1777,7 +1854,7 @@ class collector(threading.Thread):
         if isinstance(replies, Exception) or first_error(replies):
             return
         for stream, type_name in zip(streams, replies, strict=True):
-            if type_name != b"string" and self.waiting.pop(stream, self) is None:
+            if type_name != b"string" and self.waiting.pop(stream, None) is not None:
                 self.hungry[stream] = None
 
     def on_search(self, streams, replies):
@@ -1793,7 +1870,7 @@ class collector(threading.Thread):
             self.lose_main(replies[0])
             return
         for position in replies[0]:
-            if self.waiting.pop(streams[position], self) is None:
+            if self.waiting.pop(streams[position], None) is not None:
                 self.hungry[streams[position]] = None
 
     def on_renewal(self, _, replies):
@@ -1895,6 +1972,8 @@ class stream:
         self.key = (REDIS_PREFIX + name).encode()
         self.list = self.source = (REDIS_LIST_PREFIX + name).encode()
         self.taken = self.list + b":taken"
+        self.packed_key, self.packed_list = pack_words(self.key), pack_words(self.list)
+        self.packed_keys = pack_words(self.key, self.list, self.taken)
         self.sequence = 1
         self.repeat = self.ended = False
         self.answers = queue.SimpleQueue()
@@ -2380,8 +2459,11 @@ class response_writer(io.BufferedIOBase):
             OSError: se o cliente saiu ou não lê há client_timeout segundos.
         """
         data, self.parts = b"".join(self.parts), []
-        if data:
-            self.connection.sendall(data)
+        try:
+            if data:
+                self.connection.sendall(data)
+        except BlockingIOError:
+            raise TimeoutError("o cliente não lê a resposta") from None
 
 
 class chunked_input(werkzeug.serving.DechunkedInput):
@@ -2410,7 +2492,6 @@ class chunked_input(werkzeug.serving.DechunkedInput):
 class flask_handler(werkzeug.serving.WSGIRequestHandler):
     """Atende uma conexão no servidor do Flask."""
 
-    timeout = client_timeout
     disable_nagle_algorithm = True
     live: typing.ClassVar = set()
 
@@ -2418,6 +2499,11 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         """Prepara a conexão."""
         self.live.add(self)
         super().setup()
+        # Um prazo dado pelo Python custaria um poll() e uma disputa pelo GIL a
+        # cada leitura e escrita; o do sistema não custa nada.
+        limit = struct.pack("@ll", client_timeout, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self.wfile = response_writer(self.connection)
 
     def finish(self):
@@ -2926,6 +3012,18 @@ def stop_service(unfinished):
 shutdown_patience = 1.0
 
 
+def keep_one_core():
+    """Prende o processo a um dos núcleos que ele pode usar.
+
+    Com vários proxies no mesmo servidor, o número do processo os espalha.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
+    except OSError as error:
+        log.info("ONE_CORE: o sistema não deixa escolher o núcleo (%s); no systemd, use CPUAffinity=", error.strerror)
+
+
 def serve():
     """Conecta ao Redis, abre a porta e atende até o sinal de parada.
 
@@ -2946,6 +3044,8 @@ def serve():
         return 1
     for each in stop_signals:
         signal.signal(each, handle_signal)
+    if ONE_CORE:
+        keep_one_core()
     hub.start()
     host = f"[{HTTP_HOST}]" if ":" in HTTP_HOST else HTTP_HOST
     try:
