@@ -790,6 +790,38 @@ def test_client_that_connects_and_leaves(shared_proxy, connect, fetch, worker):
     assert "Traceback" not in shared_proxy.log()
 
 
+def test_threads_come_back(start_proxy, host, connect, worker):
+    """Depois de vinte streamings, erros e clientes que somem, as linhas de execução voltam às do repouso, e os soquetes."""
+    proxy = start_proxy("--max-body", "10")
+    assert connect(proxy).request("GET", "/ping").response().body() == b"pong"
+    # No flask, a linha de execução do ping ainda espera por outro cliente.
+    threads, sockets = proxy.threads() - (host == "flask"), proxy.sockets()
+    streams = [connect(proxy).request("POST", "/", body=str(number)) for number in range(10)]
+    tasks = [worker.next() for _ in streams]
+    assert host == "waitress" or proxy.threads() >= threads + 10
+    for conn in streams[:5]:
+        conn.reset()
+    for task in tasks:
+        task.finish("ok")
+    for conn in streams[5:]:
+        assert conn.response().lines() == [b"ok"]
+    for raw in (b"LIXO\r\n\r\n", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", b"GET / HT"):
+        conn = connect(proxy)
+        conn.send(raw)
+        conn.half_close()
+        assert conn.expect() is conn.current
+        with contextlib.suppress(harness.broken, ConnectionResetError):
+            conn.current.body()
+        conn.close()
+    for task in tasks:
+        task.gone()
+    for conn in streams:
+        conn.close()
+    harness.eventually(lambda: proxy.sockets() <= sockets, 5, "soquetes em repouso")
+    # thread_patience, do json-proxy.py, é de 10 s.
+    harness.eventually(lambda: proxy.threads() <= threads, 15, "linhas de execução em repouso")
+
+
 def test_no_delay(shared_proxy, connect, worker):
     """Cada linha sai num envio só e na hora: um pedaço do fio por linha, mesmo com o cliente confirmando devagar."""
     conn = connect(shared_proxy).request("POST", "/")
