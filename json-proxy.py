@@ -2411,7 +2411,7 @@ backlog = 4096
 # resposta.
 client_timeout = 60
 # Tempo, em segundos, que uma thread do servidor do Flask espera por outro cliente.
-thread_patience = 10
+thread_patience = 2
 last_chunk = b"0\r\n\r\n"
 
 
