@@ -818,7 +818,7 @@ def test_threads_come_back(start_proxy, host, connect, worker):
     for conn in streams:
         conn.close()
     harness.eventually(lambda: proxy.sockets() <= sockets, 5, "soquetes em repouso")
-    # thread_patience, do json-proxy.py, é de 10 s.
+    # Uma linha de execução livre espera thread_patience segundos (json-proxy.py) por outro cliente.
     harness.eventually(lambda: proxy.threads() <= threads, 15, "linhas de execução em repouso")
 
 
