@@ -127,9 +127,9 @@ def test_polling_cost_does_not_follow_the_number_of_streams(start_redis, start_p
     before = {name: server.calls(name) for name in ("lpop", "exists", "evalsha")}
     pairs[0][0].conn.silent(2)
     used = {name: server.calls(name) - count for name, count in before.items()}
-    assert used["lpop"] == 0, used
-    assert 6 <= used["exists"] <= 10, used
-    assert used["evalsha"] == 0, used
+    assert used["lpop"] == 0, (used, proxy.log())
+    assert 6 <= used["exists"] <= 10, (used, proxy.log())
+    assert used["evalsha"] == 0, (used, proxy.log())
     for response, task in pairs:
         task.finish(task.name)
         assert response.lines() == [task.name.encode()]
@@ -296,6 +296,7 @@ def test_redis_killed_and_restarted_in_mid_stream(
         server.kill()
         proxy.wait_log(rf"(?s)(Redis fora do ar.*){{{step}}}")
         server.start()
+        proxy.wait_log(rf"(?s)(Redis de volta.*){{{step}}}")
     for lines in harness.read_all([response for response, _ in pairs], 30):
         assert lines == numbered(total)
     for _, task in pairs:
@@ -304,7 +305,6 @@ def test_redis_killed_and_restarted_in_mid_stream(
         one.close()
     with contextlib.closing(server.new_client()) as client:
         support.wait_empty(client)
-    proxy.wait_log(r"(?s)(Redis de volta.*){3}")
 
 
 def test_redis_away_at_a_request(start_redis, start_proxy, host, fetch, connect, start_worker):
@@ -415,6 +415,22 @@ def test_lost_answers(
     assert relay.cuts == 20
     for one in pushers:
         one.close()
+
+
+def test_main_lost_while_asking_for_wake_ups(start_redis, start_relay, start_proxy, host, connect, start_worker):
+    """A conexão principal que cai quando pede os avisos é reaberta por inteiro: com nome, e com avisos que funcionam."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    proxy = start_proxy("-i", 60000, redis=server, env={"REDIS_SERVER": relay.address})
+    for ran in (True, False):
+        relay.cut(b"TRACKING", 1, ran)
+        kill_connection(server, "py-ndjson-proxy")
+        harness.eventually(lambda: relay.left == 0, 5, "conexão cortada")
+        harness.eventually(lambda: len(server.clients_named("py-ndjson-proxy")) == 1, 5, "conexão principal com nome")
+        response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+        push_into_silence(response, task, 3, 2.5)
+        task.finish()
+        assert response.lines(2.5) == []
 
 
 def test_lost_removal(start_redis, start_relay, start_proxy, host, connect, start_worker):

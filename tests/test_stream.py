@@ -90,13 +90,13 @@ def test_large_lines_with_pause_zero(start_proxy, host, connect, worker):
 
 def test_slow_reader_loses_nothing(start_proxy, host, connect, worker):
     """Um cliente que para de ler por mais que MAXTIME não perde linha nem recebe MAXTIME_ERROR pelas que já existem."""
-    proxy = start_proxy("-P", 0, "-t", 1000)
+    proxy = start_proxy("-P", 0, "-t", 2000)
     response, task = support.open_stream(connect, proxy, worker)
     lines = [bytes([97 + number % 26]) * 1_000_000 for number in range(30)]
     for line in lines:
         task.push(line)
     task.delete()
-    time.sleep(1.5)  # o próprio silêncio do cliente, maior que MAXTIME
+    time.sleep(2.5)  # o próprio silêncio do cliente, maior que MAXTIME
     assert response.lines(30) == lines
     assert support.finished_row(proxy, task)["fim"] == "concluida"
 
