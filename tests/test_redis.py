@@ -10,8 +10,9 @@ import pytest
 import harness
 import support
 
-# Folga, em segundos, para uma máquina ocupada.
-slack = 1.0
+# Folgas, em segundos, para uma máquina ocupada: a da mediana de várias demoras, e a de uma só.
+median_slack = 0.4
+slack = 3.0
 
 
 @pytest.fixture
@@ -76,10 +77,7 @@ def push_into_silence(response, task, count, longest):
         response: a response.
         task: a tarefa.
         count: quantas linhas.
-        longest: demora máxima, em segundos.
-
-    Retorno:
-        Lista das demoras, em segundos, da menor para a maior.
+        longest: demora máxima prometida, em segundos; vale com as folgas, para a mediana (de três ou mais) e para todas.
     """
     delays = []
     for number in range(count):
@@ -88,8 +86,9 @@ def push_into_silence(response, task, count, longest):
         line = response.line()
         assert line == f"linha {number}".encode()
         delays.append(line.when - pushed)
-    assert max(delays) < longest, delays
-    return sorted(delays)
+    delays.sort()
+    assert delays[-1] < longest + slack, delays
+    assert count < 3 or delays[count // 2] < longest + median_slack, delays
 
 
 def test_polling_without_wake(start_redis, start_proxy, host, connect, start_worker):
@@ -113,7 +112,7 @@ def test_polling_without_wake(start_redis, start_proxy, host, connect, start_wor
     assert used["scripts"][0] <= 4 and 2 <= used["scripts"][1] <= 4 and 2 <= used["scripts"][2] <= 4, used
     assert 2 <= used["lpop"][0] <= 4 and used["lpop"][1:] == [0, 0], used
     for _, response, task in streams.values():
-        push_into_silence(response, task, 1, 1 + slack)
+        push_into_silence(response, task, 1, 1)
         task.finish()
         assert response.lines() == []
 
@@ -145,15 +144,15 @@ def test_wake_cuts_the_wait_short(start_proxy, host, connect, worker, prefixes):
     proxy = start_proxy("-i", 5000, *prefixes)
     for _ in range(3):
         response, task = support.open_stream(connect, proxy, worker)
-        assert push_into_silence(response, task, 5, 2.5)[2] < 0.5
+        push_into_silence(response, task, 5, 0.1)
         task.delete()
-        assert response.lines(2.5) == []
+        assert response.lines(slack) == []
     response, task = support.open_stream(connect, proxy, worker)
     task.replace("a", "b")
-    assert response.lines(2.5) == [b"a", b"b"]
+    assert response.lines(slack) == [b"a", b"b"]
     response, task = support.open_stream(connect, proxy, worker)
     worker.client.flushdb()
-    assert response.lines(2.5) == []
+    assert response.lines(slack) == []
     assert support.polling_only not in proxy.log()
 
 
@@ -163,13 +162,13 @@ def test_wake_connection_killed(start_redis, start_proxy, host, connect, start_w
     proxy = start_proxy("-i", 300, redis=server)
     worker = start_worker(server.client())
     response, task = support.open_stream(connect, proxy, worker)
-    push_into_silence(response, task, 2, 0.3 + slack)
+    push_into_silence(response, task, 2, 0.3)
     kill_connection(server, "py-ndjson-proxy-wake")
-    push_into_silence(response, task, 3, 0.3 + slack)
+    push_into_silence(response, task, 3, 0.3)
     proxy.wait_log(r"REDIS_WAKE.*só a consulta periódica")
     proxy.wait_log(r"REDIS_WAKE.*restabelecid")
     assert proxy.log().count(support.polling_only) == 1
-    push_into_silence(response, task, 3, 0.3 + slack)
+    push_into_silence(response, task, 3, 0.3)
     task.finish()
     assert response.lines() == []
     assert proxy.log().count(support.polling_only) == 1
@@ -192,9 +191,9 @@ def test_wake_works_again_after_it_was_killed(start_redis, start_proxy, host, co
     assert response.line(2) == b"na queda"
     assert literal.lines(2) == [b"na queda"]
     assert gone.lines(2) == []
-    assert push_into_silence(response, task, 5, 2.5)[2] < 0.5
+    push_into_silence(response, task, 5, 0.1)
     task.finish()
-    assert response.lines(2.5) == []
+    assert response.lines(slack) == []
 
 
 def test_wake_killed_and_then_denied(start_redis, start_proxy, host, connect, start_worker):
@@ -203,12 +202,12 @@ def test_wake_killed_and_then_denied(start_redis, start_proxy, host, connect, st
     proxy = start_proxy("-i", 200, redis=server, env=support.limited_user(server))
     worker = start_worker(server.client())
     response, task = support.open_stream(connect, proxy, worker)
-    push_into_silence(response, task, 1, 0.2 + slack)
+    push_into_silence(response, task, 1, 0.2)
     worker.client.execute_command("ACL", "SETUSER", "limitado", "-subscribe")
     kill_connection(server, "py-ndjson-proxy-wake")
     began = time.monotonic()
     while time.monotonic() - began < 2.5:
-        push_into_silence(response, task, 1, 0.2 + slack)
+        push_into_silence(response, task, 1, 0.2)
     task.finish()
     assert response.lines() == []
     assert 1 <= proxy.log().count(support.polling_only) <= 2, proxy.log()
@@ -231,10 +230,10 @@ def test_wake_denied_by_the_server(start_redis, start_proxy, host, connect, star
     proxy.wait_log(r"REDIS_WAKE.*só a consulta periódica")
     worker = start_worker(server.client())
     response, task = support.open_stream(connect, proxy, worker)
-    push_into_silence(response, task, 4, 0.3 + slack)
+    push_into_silence(response, task, 4, 0.3)
     worker.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "USER", "limitado")
     proxy.wait_log("Redis de volta")
-    push_into_silence(response, task, 2, 0.3 + slack)
+    push_into_silence(response, task, 2, 0.3)
     task.delete()
     assert response.lines(0.3 + slack) == []
     response, task = support.open_stream(connect, proxy, worker)
@@ -250,7 +249,7 @@ def test_client_command_renamed_away(start_redis, start_proxy, host, connect, st
     proxy = start_proxy("-i", 300, redis=server)
     worker = start_worker(server.client())
     response, task = support.open_stream(connect, proxy, worker)
-    push_into_silence(response, task, 3, 0.3 + slack)
+    push_into_silence(response, task, 3, 0.3)
     task.finish("fim")
     assert response.lines() == [b"fim"]
     assert proxy.log().count(support.polling_only) == 1, proxy.log()
@@ -264,7 +263,7 @@ def test_scripts_denied(start_redis, start_proxy, host, connect, start_worker, p
     proxy = start_proxy("-P", pause, "-i", 100, "--wake", wake, redis=server, env=env)
     worker = start_worker(server.client())
     response, task = support.open_stream(connect, proxy, worker)
-    push_into_silence(response, task, 3, 0.1 + slack)
+    push_into_silence(response, task, 3, 0.1)
     task.finish(*numbered(1200 if pause == 0 else 200))
     assert response.lines() == numbered(1200 if pause == 0 else 200)
     response, task = support.open_stream(connect, proxy, worker)
@@ -428,9 +427,9 @@ def test_main_lost_while_asking_for_wake_ups(start_redis, start_relay, start_pro
         harness.eventually(lambda: relay.left == 0, 5, "conexão cortada")
         harness.eventually(lambda: len(server.clients_named("py-ndjson-proxy")) == 1, 5, "conexão principal com nome")
         response, task = support.open_stream(connect, proxy, start_worker(server.client()))
-        push_into_silence(response, task, 3, 2.5)
+        push_into_silence(response, task, 3, 0.1)
         task.finish()
-        assert response.lines(2.5) == []
+        assert response.lines(slack) == []
 
 
 def test_lost_removal(start_redis, start_relay, start_proxy, host, connect, start_worker):
@@ -455,7 +454,7 @@ def test_every_wake_up_lost(start_redis, start_relay, start_proxy, host, connect
     worker = start_worker(server.client())
     relay.drop(b"__redis__:invalidate")
     response, task = support.open_stream(connect, proxy, worker)
-    push_into_silence(response, task, 3, 0.3 + slack)
+    push_into_silence(response, task, 3, 0.3)
     task.delete()
     assert response.lines(0.3 + slack) == []
     response, task = support.open_stream(connect, proxy, worker)
@@ -474,10 +473,10 @@ def test_flood_of_foreign_wake_ups(start_proxy, host, connect, worker):
         task.push("achada")
         literal_task.replace("literal")
         proxy.thaw()
-        assert response.line(2.5) == b"achada"
-        assert literal.lines(2.5) == [b"literal"]
+        assert response.line(slack) == b"achada"
+        assert literal.lines(slack) == [b"literal"]
         task.finish()
-        assert response.lines(2.5) == []
+        assert response.lines(slack) == []
     worker.client.delete("ndjson_list_alheia")
 
 

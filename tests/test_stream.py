@@ -120,25 +120,25 @@ def test_maxtime_counts_from_the_request(start_proxy, host, connect, worker):
     response, task = support.open_stream(connect, proxy, worker)
     line = response.line()
     assert json.loads(line) == {"error": "timeout"}
-    assert 0.7 <= line.when - began < 1.7
+    assert 0.7 <= line.when - began < 2.5
     assert response.lines() == []
     support.wait_empty(task.client)
 
 
 def test_maxtime_counts_from_the_last_line(start_proxy, host, connect, worker):
     """Cada linha recomeça MAXTIME: um streaming mais longo que ele, com linhas no meio, só vence depois da última."""
-    proxy = start_proxy("-t", 700)
+    proxy = start_proxy("-t", 1200)
     began = time.monotonic()
     response, task = support.open_stream(connect, proxy, worker)
-    for number in range(4):
-        response.conn.silent(0.35)
+    for number in range(3):
+        response.conn.silent(0.6)
         task.push(str(number))
         pushed = time.monotonic()
         assert response.line() == str(number).encode()
     line = response.line()
     assert json.loads(line) == {"error": "timeout"}
-    assert line.when - began > 4 * 0.35 + 0.7
-    assert 0.7 <= line.when - pushed < 1.7
+    assert line.when - began > 3 * 0.6 + 1.2
+    assert 1.2 <= line.when - pushed < 3
     assert response.lines() == []
     support.wait_empty(task.client)
     assert support.finished_row(proxy, task)["fim"] == "timeout"
@@ -165,7 +165,7 @@ def test_heartbeat_does_not_reset_maxtime(start_proxy, host, connect, worker):
     response, _ = support.open_stream(connect, proxy, worker)
     *beats, last = response.lines()
     assert json.loads(last) == {"error": "timeout"}
-    assert 1.0 <= last.when - began < 2.0
+    assert 1.0 <= last.when - began < 3.0
     assert 2 <= len(beats) <= 3
     assert set(beats) == {b'{"type": "viva"}'}
     assert beats[0].when - began >= 0.3
