@@ -132,8 +132,8 @@ def test_maxtime_counts_from_the_last_line(start_proxy, host, connect, worker):
     response, task = support.open_stream(connect, proxy, worker)
     for number in range(3):
         response.conn.silent(0.6)
-        task.push(str(number))
         pushed = time.monotonic()
+        task.push(str(number))
         assert response.line() == str(number).encode()
     line = response.line()
     assert json.loads(line) == {"error": "timeout"}
