@@ -802,7 +802,9 @@ def test_threads_come_back(start_proxy, host, connect, worker):
     for conn in streams[:5]:
         conn.reset()
     for task in tasks:
-        task.finish("ok")
+        # Uma tarefa cujo cliente sumiu não se responde: suas chaves podem já ter sido apagadas.
+        if int(task.info["body"]) >= 5:
+            task.finish("ok")
     for conn in streams[5:]:
         assert conn.response().lines() == [b"ok"]
     for raw in (b"LIXO\r\n\r\n", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", b"GET / HT"):
