@@ -817,6 +817,9 @@ class redis_link:
             redis.ConnectionError, redis.TimeoutError: se a conexão falhar; não se
             sabe então quais comandos rodaram.
         """
+        if not self.is_open:
+            # O redis-py abriria outra em silêncio, sem nome e sem avisos.
+            raise redis.ConnectionError("a conexão não está aberta")
         packed = b"".join(
             command if isinstance(command, bytes) else b"".join(self.connection.pack_command(*command))
             for command in commands
@@ -1353,7 +1356,10 @@ class collector(threading.Thread):
                     "REDIS_WAKE: a conexão dos avisos caiu (%s); fica só a consulta periódica", self.wake_error
                 )
                 self.wake_error = None
-            self.open_wake()
+            try:
+                self.open_wake()
+            except (redis.RedisError, OSError) as error:
+                self.lose_main(error)
         if now >= self.status_at:
             self.tell_systemd(now)
 
@@ -1434,7 +1440,11 @@ class collector(threading.Thread):
             self.open_wake()
 
     def open_wake(self):
-        """Abre a conexão dos avisos e pede ao Redis as chaves que mudarem."""
+        """Abre a conexão dos avisos e pede ao Redis as chaves que mudarem.
+
+        Levanta:
+            redis.RedisError: se a conexão principal cair.
+        """
         prefixes = {REDIS_PREFIX, REDIS_LIST_PREFIX}
         # O Redis recusa prefixos que se sobrepõem; o mais curto abrange o outro.
         prefixes = [p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)]
@@ -1442,14 +1452,14 @@ class collector(threading.Thread):
         try:
             self.wake.open()
             replies = self.wake.call([("CLIENT", "ID"), ("SUBSCRIBE", wake_channel)])
-            if not first_error(replies):
-                replies += self.main.call([
-                    ("CLIENT", "TRACKING", "OFF"),
-                    ("CLIENT", "TRACKING", "ON", "REDIRECT", replies[0], "BCAST", *options, "NOLOOP"),
-                ])
         except (redis.RedisError, OSError) as error:
             self.lose_wake(error)
             return
+        if not first_error(replies):
+            replies += self.main.call([
+                ("CLIENT", "TRACKING", "OFF"),
+                ("CLIENT", "TRACKING", "ON", "REDIRECT", replies[0], "BCAST", *options, "NOLOOP"),
+            ])
         refusal = first_error(replies)
         if refusal:
             self.wake.close()
@@ -3018,10 +3028,14 @@ def keep_one_core():
     Com vários proxies no mesmo servidor, o número do processo os espalha.
     """
     cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == 1:
+        return
     try:
         os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
     except OSError as error:
-        log.info("ONE_CORE: o sistema não deixa escolher o núcleo (%s); no systemd, use CPUAffinity=", error.strerror)
+        # A unidade do systemd nega esta chamada; lá, quem escolhe é CPUAffinity=.
+        level = logging.DEBUG if "INVOCATION_ID" in os.environ else logging.INFO
+        log.log(level, "ONE_CORE: o sistema não deixa escolher o núcleo: %s", error.strerror)
 
 
 def serve():
