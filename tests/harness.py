@@ -154,7 +154,8 @@ def base_environment():
         Dicionário com PATH, HOME, idioma e a marca das provas; nada mais do ambiente de quem roda passa adiante.
     """
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-    return {**keep, "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1", mark_name: mark}
+    python = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONFAULTHANDLER": "1"}
+    return {**keep, **python, "LANG": "C.UTF-8", mark_name: mark}
 
 
 def socket_inodes(pid="self"):
@@ -268,7 +269,7 @@ class background:
         """Espera o fim do processo.
 
         Argumentos:
-            timeout: prazo em segundos; vencido, o processo é morto e a prova falha.
+            timeout: prazo em segundos; vencido, o processo é morto e a prova falha, com as pilhas dele no log.
 
         Retorno:
             O código de saída (int; negativo se morreu por sinal).
@@ -276,6 +277,10 @@ class background:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
+            # Ao SIGABRT, o faulthandler escreve em stderr onde está cada linha de execução.
+            self.signal(signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(2)
             self.kill()
             raise AssertionError(f"{self.name} não terminou em {timeout} s; log:\n{self.log()}") from None
 
