@@ -66,7 +66,7 @@ def exchange(connect, proxy, worker, pushed):
     return lines
 
 
-@pytest.mark.parametrize(("pause", "most", "examples"), [(0, 120, 100), (1, 12, 50)], ids=["pause0", "pause1"])
+@pytest.mark.parametrize(("pause", "most", "examples"), [(0, 120, 60), (1, 12, 30)], ids=["pause0", "pause1"])
 def test_n_elements_are_n_lines(start_proxy, host, connect, worker, pause, most, examples):
     """n elementos de bytes quaisquer são n linhas, em ordem, normalizadas como o contrato diz; os vazios são pulados."""
     proxy = start_proxy("-P", pause)
@@ -89,7 +89,7 @@ def test_json_stays_equal(start_proxy, host, connect, worker):
     """JSON válido continua igual para json.loads, com ou sem indentação, com ou sem escapes."""
     proxy = start_proxy("-P", 0)
 
-    @hypothesis.settings(max_examples=80)
+    @hypothesis.settings(max_examples=50)
     @hypothesis.given(st.lists(st.tuples(values, st.sampled_from([None, 2]), st.booleans()), max_size=60))
     def check(rows):
         """Confere uma lista. Argumentos: rows, valores e o modo de escrever cada um."""
