@@ -2998,6 +2998,23 @@ def check(given):
     return 1 if error else 0
 
 
+def wait_while_falling(count):
+    """Espera uma contagem chegar a zero, enquanto ela diminui.
+
+    Milhares de streams levam segundos para receber a última linha; um cliente que
+    não lê nunca a recebe, e não pode segurar a parada.
+
+    Argumentos:
+        count (callable): devolve a contagem.
+    """
+    left, deadline = count(), time.monotonic() + shutdown_patience
+    while left and time.monotonic() < deadline:
+        time.sleep(0.02)
+        now = count()
+        if now < left:
+            left, deadline = now, time.monotonic() + shutdown_patience
+
+
 def stop_service(unfinished):
     """Encerra os streams vivos dentro do prazo e apaga suas chaves.
 
@@ -3005,20 +3022,18 @@ def stop_service(unfinished):
         unfinished (callable): devolve o número de conexões não terminadas.
     """
     # O prazo do systemd acompanha DRAIN, seja qual for o TimeoutStopSec da unidade.
-    notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(DRAIN + 5000) * 1000}")
+    notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(DRAIN + 10000) * 1000}")
     gate.close()
     log.info("parando: %d streams têm até %d ms para acabar", gate.alive, DRAIN)
     if not gate.wait_empty(DRAIN / 1000):
         hub.broadcast(ended_shutdown)
-        gate.wait_empty(shutdown_patience)
-    deadline = time.monotonic() + shutdown_patience
-    while unfinished() and time.monotonic() < deadline:
-        time.sleep(0.01)
+        wait_while_falling(lambda: gate.alive)
+    wait_while_falling(unfinished)
     hub.stop(shutdown_patience)
     log.info("parado")
 
 
-# Tempo, em segundos, que o fim de cada etapa da parada pode levar além de DRAIN.
+# Tempo, em segundos, que cada etapa da parada espera sem ver progresso.
 shutdown_patience = 1.0
 
 
