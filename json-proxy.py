@@ -41,6 +41,7 @@ import contextlib
 import difflib
 import email.errors
 import errno
+import gc
 import heapq
 import io
 import itertools
@@ -1101,7 +1102,7 @@ class collector(threading.Thread):
         self.pings, self.submissions, self.removals = [], [], []
         self.hungry, self.waiting = {}, {}
         self.paused = []
-        self.renewals = collections.deque()
+        self.renewals = {}
         self.scripts = None
         self.take_head = b""
         self.main_fd = self.wake_fd = -1
@@ -1229,6 +1230,7 @@ class collector(threading.Thread):
         self.hungry.pop(stream, None)
         self.waiting.pop(stream, None)
         self.watched.pop(stream, None)
+        self.renewals.pop(stream, None)
         self.names.pop(stream.key, None)
         self.names.pop(stream.list, None)
         self.removals.append(stream)
@@ -1324,7 +1326,7 @@ class collector(threading.Thread):
         if self.paused:
             moments.append(self.paused[0][0])
         if self.renewals:
-            moments.append(self.renewals[0][0])
+            moments.append(next(iter(self.renewals.values())))
         if self.wake_lost:
             moments.append(self.wake_retry_at)
         return min(moments)
@@ -1715,15 +1717,14 @@ class collector(threading.Thread):
         Retorna:
             list[batch_entry]: no máximo uma entrada.
         """
-        streams = []
-        # A fila está em ordem, pois todos têm o mesmo prazo.
-        while self.renewals and self.renewals[0][0] <= now and len(streams) < 500:
-            stream = self.renewals.popleft()[1]
-            if not stream.ended:
-                streams.append(stream)
+        # Estão em ordem, pois todos têm o mesmo prazo; quem é renovado vai para o fim.
+        due = itertools.takewhile(lambda item: item[1] <= now, self.renewals.items())
+        streams = [stream for stream, _ in itertools.islice(due, 500)]
         if not streams:
             return []
-        self.renewals.extend((now + REDIS_TTL / 3, stream) for stream in streams)
+        for stream in streams:
+            del self.renewals[stream]
+            self.renewals[stream] = now + REDIS_TTL / 3
         commands = [("EXPIRE", key, REDIS_TTL) for s in streams for key in (s.key, s.list, s.taken)]
         return [batch_entry(commands, self.on_renewal, None)]
 
@@ -1776,7 +1777,7 @@ class collector(threading.Thread):
         error = replies if isinstance(replies, Exception) else first_error(replies)
         if error is None and not stream.ended:
             self.waiting[stream] = next(self.order)
-            self.renewals.append((time.monotonic() + REDIS_TTL / 3, stream))
+            self.renewals[stream] = time.monotonic() + REDIS_TTL / 3
         stream.answers.put(replies[3][1] if error is None else error)
 
     def on_removal(self, streams, replies):
@@ -2121,7 +2122,22 @@ allow_header = ", ".join((*stream_methods, "HEAD", "OPTIONS"))
 line_types = ("application/x-ndjson", "application/json-lines", "application/jsonl")
 read_size = 65536
 
-app = flask.Flask(program, static_folder=None)
+
+class application(flask.Flask):
+    """Aplicação sem o roteador do Flask, que dispatch dispensa."""
+
+    def create_url_adapter(self, request):
+        """Dispensa o roteador.
+
+        Argumentos:
+            request (flask.Request): requisição.
+        Retorna:
+            None: sem rotas a procurar, não há o NotFound de cada requisição, cujo
+            ciclo de referências só o coletor de lixo desfaria.
+        """
+
+
+app = application(program, static_folder=None)
 
 
 class stream_response(flask.Response):
@@ -3075,6 +3091,10 @@ def serve():
         signal.signal(each, handle_signal)
     if ONE_CORE:
         keep_one_core()
+    # Percorrer os objetos de milhares de streams pararia todos por décimos de
+    # segundo; o lixo cíclico deles é jovem, e as duas primeiras gerações o recolhem.
+    gc.freeze()
+    gc.set_threshold(10000, 20, 1000)
     hub.start()
     host = f"[{HTTP_HOST}]" if ":" in HTTP_HOST else HTTP_HOST
     try:
