@@ -2129,11 +2129,11 @@ class application(flask.Flask):
     def create_url_adapter(self, request):
         """Dispensa o roteador.
 
+        Sem rotas a procurar, não há o NotFound de cada requisição, cujo ciclo de
+        referências só o coletor de lixo desfaria.
+
         Argumentos:
             request (flask.Request): requisição.
-        Retorna:
-            None: sem rotas a procurar, não há o NotFound de cada requisição, cujo
-            ciclo de referências só o coletor de lixo desfaria.
         """
 
 
