@@ -3135,4 +3135,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_status = main(sys.argv[1:])
+    sys.stdout.flush()
+    # As threads dos clientes que restam não podem prender o fim do interpretador:
+    # tudo o que importa já foi enviado, apagado e registrado.
+    os._exit(exit_status)
