@@ -3134,9 +3134,18 @@ def main(argv):
     return check(given) if "check" in actions else serve()
 
 
-if __name__ == "__main__":
-    exit_status = main(sys.argv[1:])
+def leave(status):
+    """Encerra o processo.
+
+    As threads dos clientes que restam não podem prender o fim do interpretador: tudo
+    o que importa já foi enviado, apagado e registrado.
+
+    Argumentos:
+        status (int): status de saída.
+    """
     sys.stdout.flush()
-    # As threads dos clientes que restam não podem prender o fim do interpretador:
-    # tudo o que importa já foi enviado, apagado e registrado.
-    os._exit(exit_status)
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
