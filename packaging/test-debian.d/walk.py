@@ -918,6 +918,7 @@ def recover():
     """Devolve o sistema ao estado de repouso, para que uma falha não arraste os passos seguintes."""
     try:
         run("systemctl", "start", "redis-server", check=False)
+        run("redis-cli", "FLUSHALL", check=False)
         if original.exists() and conffile.exists():
             drop_in()
             configure()
