@@ -269,6 +269,12 @@ class redis_address(typing.NamedTuple):
     shown: str
 
 
+url_reserved = {
+    "protocol", "decode_responses", "encoding", "socket_timeout", "socket_connect_timeout", "socket_keepalive",
+    "health_check_interval", "max_connections", "retry_on_timeout", "retry_on_error", "client_name",
+}
+
+
 def parse_redis_address(text):
     """Lê REDIS_SERVER: ip[:porta][/database] ou uma URL do redis-py.
 
@@ -294,6 +300,9 @@ def parse_redis_address(text):
         raise ValueError(text)
     if url.port == 0 or (url.scheme != "unix" and not re.fullmatch(r"/?[0-9]*", url.path)):
         raise ValueError(text)
+    # Na URL, estas opções valeriam mais que as do programa, que depende das suas.
+    if url_reserved & set(urllib.parse.parse_qs(url.query, keep_blank_values=True)):
+        raise ValueError(text)
     # A conexão só é construída aqui para que o redis-py confira as opções da URL.
     try:
         redis.ConnectionPool.from_url(text).make_connection()
@@ -303,7 +312,7 @@ def parse_redis_address(text):
     return redis_address(text, shown)
 
 
-text_kind = kind(str, "qualquer texto")
+text_kind = kind(str, "qualquer texto em UTF-8")
 name_kind = pattern(r"[^\s\x00-\x1f\x7f]+", "um texto sem espaços, de um caractere ou mais")
 header_kind = pattern(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", "um texto ASCII imprimível, de uma só linha")
 line_kind = kind(parse_json_line, "um texto que não seja vazio")
@@ -533,9 +542,13 @@ def parse_setting(row, given):
         configuration_error: frase com nome, valor, camada e o que é permitido.
     """
     try:
+        # Bytes fora de UTF-8 chegam do sistema como surrogates, que o Redis recusaria.
+        given.text.encode("utf-8")
         return row.kind.parse(given.text)
     except ValueError:
-        shown = "o valor dado" if row.secret or "@" in given.text else f"o valor {given.text!r}"
+        # Uma URL do Redis pode trazer a senha em mais de um lugar.
+        is_secret = row.secret or (row.name == "REDIS_SERVER" and ("://" in given.text or "@" in given.text))
+        shown = "o valor dado" if is_secret else f"o valor {given.text!r}"
         raise configuration_error(
             f"{row.name}: {shown} ({given.layer}) não é válido; é permitido {row.allowed}"
         ) from None

@@ -425,6 +425,20 @@ def test_wrong_values(name, layer, tmp_path):
     assert any(text in sentence for text in where), sentence
 
 
+@pytest.mark.parametrize("flag", ["-S", "-X", "-L", "-C", "-E", "-s"])
+def test_argument_outside_utf8(flag):
+    """Bytes que não são UTF-8, que o Redis recusaria no meio do serviço: uma frase no início, código 2."""
+    one_sentence(harness.run_proxy(flag, os.fsdecode(b"a\xffb")), 2)
+
+
+@pytest.mark.parametrize("query", ["password=segredo&nada=1", "protocol=3", "socket_timeout=90&password=segredo"])
+def test_redis_url_options(query):
+    """Opções desconhecidas, ou que desfariam as do programa, são recusadas; a senha entre elas não aparece."""
+    sentence = one_sentence(harness.run_proxy("-R", f"redis://127.0.0.1:1/1?{query}"), 2)
+    assert "REDIS_SERVER" in sentence
+    assert "segredo" not in sentence
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
