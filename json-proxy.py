@@ -546,8 +546,8 @@ def parse_setting(row, given):
         given.text.encode("utf-8")
         return row.kind.parse(given.text)
     except ValueError:
-        # Uma URL do Redis pode trazer a senha em mais de um lugar.
-        is_secret = row.secret or (row.name == "REDIS_SERVER" and ("://" in given.text or "@" in given.text))
+        # Uma URL do Redis traz a senha antes do @ ou entre as opções, depois do "?".
+        is_secret = row.secret or (row.name == "REDIS_SERVER" and re.search(r"[@?]", given.text))
         shown = "o valor dado" if is_secret else f"o valor {given.text!r}"
         raise configuration_error(
             f"{row.name}: {shown} ({given.layer}) não é válido; é permitido {row.allowed}"
