@@ -55,6 +55,7 @@ import resource
 import select
 import signal
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -706,6 +707,8 @@ def notify_systemd(state):
 
 # Sem resposta por este tempo, em segundos, o Redis é dado como fora do ar.
 redis_timeout = 2.0
+# Tamanho, em bytes, de uma leitura da conexão com o Redis.
+receive_size = 65536
 # Canal em que o Redis publica as chaves que mudaram (CLIENT TRACKING, RESP2).
 wake_channel = "__redis__:invalidate"
 
@@ -780,6 +783,21 @@ def redis_pool():
     return pool
 
 
+def set_deadline(connection, seconds):
+    """Dá a um socket que espera um prazo do sistema para ler e para escrever.
+
+    Ao contrário de um prazo do Python, não custa um poll() e uma disputa pelo GIL a
+    cada chamada. Vencido, a chamada levanta BlockingIOError.
+
+    Argumentos:
+        connection (socket.socket): socket sem prazo do Python.
+        seconds (float): prazo, em segundos.
+    """
+    limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1000000))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
 class redis_link:
     """Uma conexão com o Redis, usada por uma só thread, que pode ser reaberta."""
 
@@ -793,6 +811,8 @@ class redis_link:
         self.connection = pool.make_connection()
         self.name = name
         self.is_open = False
+        self.socket = None
+        self.buffer, self.position = b"", 0
 
     def open(self):
         """Abre (ou reabre) a conexão, autentica e escolhe o database.
@@ -803,7 +823,13 @@ class redis_link:
         self.close()
         try:
             self.connection.connect()
+            # O redis-py não publica o socket; o nome é o mesmo em todas as versões.
+            self.socket = self.connection._sock
             self.is_open = True
+            if not isinstance(self.socket, ssl.SSLSocket):
+                # Um prazo do Python custaria um poll() por leitura e por escrita.
+                self.socket.settimeout(None)
+                set_deadline(self.socket, redis_timeout)
             # O nome só serve ao operador; uma ACL pode negá-lo.
             self.call([("CLIENT", "SETNAME", self.name)])
         except OSError as error:
@@ -816,13 +842,15 @@ class redis_link:
     def close(self):
         """Fecha a conexão, se estiver aberta."""
         self.is_open = False
+        self.socket = None
+        self.buffer, self.position = b"", 0
         self.connection.disconnect()
 
     def call(self, commands):
         """Envia comandos em uma só ida e volta.
 
         Argumentos:
-            commands (list): comandos, cada um uma tuple com seus argumentos ou os
+            commands (list): comandos, cada um uma tuple com suas palavras ou os
                 bytes de pack_command.
         Retorna:
             list: uma resposta por comando; um erro do Redis vem como a exceção
@@ -832,37 +860,80 @@ class redis_link:
             sabe então quais comandos rodaram.
         """
         if not self.is_open:
-            # O redis-py abriria outra em silêncio, sem nome e sem avisos.
             raise redis.ConnectionError("a conexão não está aberta")
-        packed = b"".join(
-            command if isinstance(command, bytes) else b"".join(self.connection.pack_command(*command))
+        try:
+            self.send(commands)
+            return [self.read() for _ in commands]
+        except (BlockingIOError, TimeoutError):
+            raise redis.TimeoutError("sem resposta do Redis") from None
+        except OSError as error:
+            raise redis.ConnectionError(str(error)) from error
+
+    def send(self, commands):
+        """Envia comandos sem esperar pelas respostas.
+
+        Argumentos:
+            commands (list): comandos, como em call.
+        Levanta:
+            OSError: se a conexão falhar.
+        """
+        self.socket.sendall(b"".join([
+            command if isinstance(command, bytes) else pack_command(len(command), pack_words(*command))
             for command in commands
-        )
-        self.connection.send_packed_command([packed], check_health=False)
-        return [self.read() for _ in commands]
+        ]))
 
     def read(self):
-        """Lê uma resposta.
+        """Lê uma resposta, esperando por ela.
 
         Retorna:
             object: int, bytes, list, None ou redis.ResponseError.
         Levanta:
-            redis.ConnectionError, redis.TimeoutError: se a conexão falhar.
+            OSError, redis.ConnectionError: se a conexão falhar.
         """
-        try:
-            return self.connection.read_response()
-        except redis.ResponseError as error:
-            return error
+        while True:
+            reply, end = parse_reply(self.buffer, self.position)
+            if end > 0:
+                self.position = end
+                return reply
+            self.receive(-end)
 
-    def pending(self):
-        """Diz se há resposta a ler sem esperar.
+    def receive_words(self):
+        """Lê o que chegar e o divide em palavras do protocolo, sem as interpretar.
+
+        Nos avisos só importam os nomes de chaves nossas, e quase todas as palavras
+        podem ser de outros proxies: dividir custa um décimo de interpretar.
 
         Retorna:
-            bool: verdadeiro se há dados no buffer ou no socket.
+            list[bytes]: palavras inteiras; o resto fica no buffer.
         Levanta:
-            redis.ConnectionError: se o Redis fechou a conexão.
+            OSError, redis.ConnectionError: se a conexão falhar. BlockingIOError se
+            ela não espera e nada chegou.
         """
-        return bool(self.connection.can_read(timeout=0))
+        self.receive(1)
+        *words, self.buffer = self.buffer.split(b"\r\n")
+        return words
+
+    def receive(self, size):
+        """Acrescenta ao buffer o que chegar da conexão.
+
+        Argumentos:
+            size (int): mínimo de bytes que faltam à resposta.
+        Levanta:
+            OSError, redis.ConnectionError: se a conexão falhar; o que já chegou
+            fica no buffer.
+        """
+        # Uma linha de muitos MB chega em milhares de pedaços: juntá-los um a um
+        # custaria o quadrado do tamanho.
+        parts = [self.buffer[self.position:]]
+        try:
+            while size > 0:
+                part = self.socket.recv(receive_size)
+                if not part:
+                    raise redis.ConnectionError("conexão fechada pelo servidor")
+                parts.append(part)
+                size -= len(part)
+        finally:
+            self.buffer, self.position = b"".join(parts), 0
 
     def fileno(self):
         """Descritor do socket, para o epoll.
@@ -870,8 +941,7 @@ class redis_link:
         Retorna:
             int: descritor aberto.
         """
-        # O redis-py não o publica; o nome é o mesmo em todas as versões.
-        return self.connection._sock.fileno()
+        return self.socket.fileno()
 
 
 def pack_words(*words):
@@ -883,7 +953,7 @@ def pack_words(*words):
         bytes: cada palavra com seu tamanho; a ser juntado por pack_command.
     """
     words = [word if isinstance(word, bytes) else str(word).encode() for word in words]
-    return b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+    return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
 
 
 def pack_command(count, *parts):
@@ -899,6 +969,62 @@ def pack_command(count, *parts):
         bytes: o comando no protocolo do Redis.
     """
     return b"*%d\r\n" % count + b"".join(parts)
+
+
+def parse_reply(data, start):
+    """Lê uma resposta do protocolo do Redis (RESP2).
+
+    O redis-py também a lê, mas com dois recv() e seis ioctl() por resposta; esta
+    leitura está no caminho de toda linha.
+
+    Argumentos:
+        data (bytes): o que chegou da conexão.
+        start (int): posição do começo da resposta.
+    Retorna:
+        tuple: (resposta, posição do fim); se ainda não chegou inteira, (None, o
+        mínimo de bytes que faltam, negativo). Um erro do Redis é uma resposta do
+        tipo redis.ResponseError.
+    Levanta:
+        redis.InvalidResponse: se os bytes não são do protocolo.
+    """
+    end = data.find(b"\r\n", start)
+    if end < 0:
+        return None, -1
+    mark, text, position = data[start:start + 1], data[start + 1:end], end + 2
+    if mark == b"$":
+        end = position + int(text)
+        if end < position:
+            return None, position
+        missing = end + 2 - len(data)
+        return (None, -missing) if missing > 0 else (data[position:end], end + 2)
+    if mark == b":":
+        return int(text), position
+    if mark == b"+":
+        return text, position
+    if mark == b"-":
+        return redis.ResponseError(text.decode("utf-8", "replace")), position
+    if mark != b"*":
+        raise redis.InvalidResponse(f"resposta fora do protocolo: {mark!r}")
+    if text == b"-1":
+        return None, position
+    items = []
+    for _ in range(int(text)):
+        item, position = parse_reply(data, position)
+        if position < 0:
+            return None, position
+        items.append(item)
+    return items, position
+
+
+def error_code(error):
+    """Extrai o código de um erro do Redis.
+
+    Argumentos:
+        error (Exception): resposta ou falha da conexão.
+    Retorna:
+        str: a primeira palavra, como NOSCRIPT, se é uma resposta do Redis; senão "".
+    """
+    return str(error).partition(" ")[0] if isinstance(error, redis.ResponseError) else ""
 
 
 def redis_ping():
@@ -1036,16 +1162,21 @@ def build_task(name, request, body):
 take_lines = 500
 take_bytes = 262144
 round_takes = 128
-# Tarefas examinadas uma a uma em cada consulta periódica, em rodízio: a contagem
-# não percebe uma tarefa trocada por uma lista, se o aviso dela se perder. É uma
-# rede de segurança; cada uma custa um comando.
-rotation_size = 6
+# Tarefas examinadas uma a uma em cada contagem, em rodízio: ela não percebe uma
+# tarefa trocada por uma lista, se o aviso dela se perder. É uma rede de segurança;
+# cada uma custa um comando.
+rotation_size = 30
 # Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
 answer_timeout = 5.0
 # Tempos do coletor, em segundos: tolerância para um aviso já a caminho, sinal de
 # vida quando nada acontece, novas tentativas dos avisos, exame dos clientes que só
 # podem ser examinados por consulta, e informe ao systemd (WatchdogSec é 30).
 wake_grace = 0.005
+# Com os avisos ligados, um PING na conexão deles prova que nenhum se perdeu: vai
+# probe_grace antes de vencer INTERVAL e, respondido, dispensa a contagem, que passa
+# a ser feita a cada count_interval.
+probe_grace = 0.02
+count_interval = 1.0
 idle_ping = 15.0
 wake_patience = 0.1
 wake_retry = 1.0
@@ -1124,9 +1255,11 @@ class collector(threading.Thread):
         self.failures = 0
         self.retry_at = self.wake_retry_at = self.census_at = self.gone_at = 0.0
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
-        self.recount_at = self.stop_at = math.inf
+        self.recount_at = self.stop_at = self.probe_at = math.inf
+        self.count_at = self.probed_at = 0.0
+        self.wake_id = self.unheard = 0
+        self.is_tracked = False
         self.idle_at = time.monotonic() + idle_ping
-        self.wake_error = None
         self.rotation = 0
         self.suspects, self.census_serial = [], 0
 
@@ -1335,7 +1468,7 @@ class collector(threading.Thread):
             return 0.0
         moments += [self.idle_at, self.recount_at]
         if self.waiting:
-            moments.append(self.census_at)
+            moments += [self.census_at, self.probe_at]
         if self.paused:
             moments.append(self.paused[0][0])
         if self.renewals:
@@ -1482,6 +1615,8 @@ class collector(threading.Thread):
                 log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", refusal)
             self.wake_refused, self.wake_lost = True, False
             return
+        self.wake.socket.setblocking(False)
+        self.wake_id, self.unheard = replies[0], 0
         self.wake_fd = self.wake.fileno()
         self.poller.register(self.wake_fd, select.EPOLLIN | select.EPOLLRDHUP)
         if self.wake_lost or self.wake_refused:
@@ -1567,21 +1702,31 @@ class collector(threading.Thread):
     # -- avisos ---------------------------------------------------------------
 
     def read_wake(self):
-        """Lê os avisos: cada um traz as chaves que mudaram."""
+        """Lê os avisos que já chegaram: cada um traz as chaves que mudaram."""
         try:
-            # O limite impede que os avisos de outros prendam o laço aqui.
-            for _ in range(1000):
-                if not self.wake.pending():
-                    break
-                message = self.wake.read()
-                if isinstance(message, list) and message[0] == b"message":
-                    # FLUSHALL e FLUSHDB avisam sem nomear chaves.
-                    self.wake_streams(list(self.names) if message[2] is None else message[2])
-            else:
-                # O que o redis-py já leu do socket não acordaria mais o epoll.
-                self.inbox.append((self.read_wake, ()))
+            words = self.wake.receive_words()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            # No TLS, um registro que ainda não chegou inteiro.
+            return
         except (redis.RedisError, OSError) as error:
             self.lose_wake(error)
+            return
+        self.wake_streams(words)
+        if b"*-1" in words:
+            # FLUSHALL e FLUSHDB avisam sem nomear chaves.
+            self.wake_streams(list(self.names))
+        for _ in range(words.count(b"pong")):
+            self.hear_probe(time.monotonic())
+
+    def hear_probe(self, now):
+        """Adia a contagem, pois todo aviso anterior à prova já chegou.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        """
+        self.unheard -= 1
+        if self.unheard == 0 and self.is_tracked and now < self.count_at:
+            self.schedule_census(now)
 
     def wake_streams(self, keys):
         """Põe na fila da próxima ida os streams à espera cujas chaves mudaram.
@@ -1649,10 +1794,10 @@ class collector(threading.Thread):
     def build_census(self, now):
         """Monta a consulta periódica, que responde por todos os que esperam.
 
-        Com os avisos ligados basta contar: quase sempre não há nada a buscar. Se a
-        conta não fecha, quase sempre é um aviso a caminho: depois de wake_grace,
-        recontam-se, em fatias, os que ainda esperam, e só na fatia que não fecha
-        procura-se quem é.
+        Com os avisos ligados basta prová-los ou contar: quase sempre não há nada a
+        buscar. Se a conta não fecha, quase sempre é um aviso a caminho: depois de
+        wake_grace, recontam-se, em fatias, os que ainda esperam, e só na fatia que
+        não fecha procura-se quem é.
 
         Argumentos:
             now (float): instante do relógio monotônico, em segundos.
@@ -1661,17 +1806,18 @@ class collector(threading.Thread):
         """
         if not self.waiting:
             # O primeiro a esperar terá um INTERVAL inteiro.
-            self.census_at, self.recount_at = now + INTERVAL / 1000, math.inf
-            self.suspects = []
+            self.schedule_census(now)
+            self.recount_at, self.suspects = math.inf, []
             return []
-        batch = []
+        batch = self.build_probe(now) if now >= self.probe_at else []
         if now >= self.recount_at:
             self.recount_at = math.inf
             # Quem voltou a esperar depois da conta está no fim.
             old = list(itertools.takewhile(lambda s: self.waiting[s] <= self.census_serial, self.waiting))
             batch += [self.count_entry(part, self.on_recount) for part in slices(old)]
         if now >= self.census_at:
-            self.census_at = now + INTERVAL / 1000
+            self.schedule_census(now)
+            self.count_at = now + count_interval
             batch += self.build_count(list(self.waiting))
         suspects, self.suspects = self.suspects, []
         if self.scripts is None:
@@ -1686,6 +1832,40 @@ class collector(threading.Thread):
             )], self.on_search, part)
             for part in slices(suspects)
         ]
+
+    def schedule_census(self, now):
+        """Marca a próxima consulta periódica e a prova que pode dispensá-la.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        """
+        self.census_at = now + INTERVAL / 1000
+        is_short = INTERVAL / 1000 <= 2 * probe_grace
+        self.probe_at = math.inf if is_short or not self.wake_works() else self.census_at - probe_grace
+
+    def build_probe(self, now):
+        """Prova a conexão dos avisos: um PING nela e uma pergunta na principal.
+
+        Os avisos e a resposta ao PING vêm pela mesma conexão, em ordem. A pergunta
+        confirma que o Redis ainda os manda para ela.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        Retorna:
+            list[batch_entry]: a pergunta; vazia se os avisos se perderam.
+        """
+        self.probe_at = math.inf
+        if not self.unheard:
+            self.probed_at = now
+        self.unheard += 1
+        try:
+            if now >= self.probed_at + redis_timeout:
+                raise redis.TimeoutError("sem resposta do Redis")
+            self.wake.send([("PING",)])
+        except (redis.RedisError, OSError) as error:
+            self.lose_wake(error)
+            return []
+        return [batch_entry([("CLIENT", "GETREDIR")], self.on_probe, None)]
 
     def build_count(self, streams):
         """Monta a contagem de todos os que esperam; sem avisos, a procura de todos.
@@ -1731,10 +1911,10 @@ class collector(threading.Thread):
             list[batch_entry]: no máximo uma entrada.
         """
         # Estão em ordem, pois todos têm o mesmo prazo; quem é renovado vai para o fim.
+        if not self.renewals or next(iter(self.renewals.values())) > now:
+            return []
         due = itertools.takewhile(lambda item: item[1] <= now, self.renewals.items())
         streams = [stream for stream, _ in itertools.islice(due, 500)]
-        if not streams:
-            return []
         for stream in streams:
             del self.renewals[stream]
             self.renewals[stream] = now + REDIS_TTL / 3
@@ -1747,15 +1927,41 @@ class collector(threading.Thread):
         Argumentos:
             stream (stream): stream que pediu linhas.
         Retorna:
-            list[tuple]: comandos; a última resposta traz [tipo da chave, linhas].
+            list: comandos; a última resposta traz [tipo da chave, linhas].
         """
-        lines = 1 if PAUSE else take_lines
-        if self.scripts is not None:
-            return [pack_command(
-                11, self.take_head, stream.packed_keys,
-                pack_words(stream.sequence, lines, take_bytes, REDIS_TTL, int(stream.repeat)),
-            )]
-        return [("MULTI",), ("TYPE", stream.key), ("LPOP", stream.source, lines), ("EXEC",)]
+        if self.scripts is None:
+            return [("MULTI",), ("TYPE", stream.key), ("LPOP", stream.source, self.most_lines()), ("EXEC",)]
+        return [stream.packed_take or self.pack_take(stream)]
+
+    def pack_take(self, stream):
+        """Escreve a retirada pelo script.
+
+        Argumentos:
+            stream (stream): stream que pede linhas.
+        Retorna:
+            bytes: o comando no protocolo do Redis.
+        """
+        return pack_command(11, self.take_head, stream.packed_keys, pack_words(
+            stream.sequence, self.most_lines(), take_bytes, REDIS_TTL, int(stream.repeat),
+        ))
+
+    def most_lines(self):
+        """Diz quantas linhas uma retirada pode trazer.
+
+        Retorna:
+            int: uma, se há uma pausa depois de cada linha.
+        """
+        return 1 if PAUSE else take_lines
+
+    def wait_for_lines(self, stream):
+        """Deixa um stream à espera de um aviso ou da consulta periódica.
+
+        Argumentos:
+            stream (stream): stream sem linhas na lista.
+        """
+        self.waiting[stream] = next(self.order)
+        # Pronta agora, a retirada sai mais cedo quando o aviso chegar.
+        stream.packed_take = self.pack_take(stream) if self.scripts else None
 
     # -- respostas ------------------------------------------------------------
 
@@ -1789,7 +1995,7 @@ class collector(threading.Thread):
         """
         error = replies if isinstance(replies, Exception) else first_error(replies)
         if error is None and not stream.ended:
-            self.waiting[stream] = next(self.order)
+            self.wait_for_lines(stream)
             self.renewals[stream] = time.monotonic() + REDIS_TTL / 3
         stream.answers.put(replies[3][1] if error is None else error)
 
@@ -1815,13 +2021,14 @@ class collector(threading.Thread):
         """
         if stream.ended:
             return
+        stream.packed_take = None
         if isinstance(replies, Exception):
             stream.repeat = True
             self.hungry[stream] = None
             return
         # Dentro de uma transação o erro vem entre as respostas do EXEC.
         error = first_error(replies) or first_error(replies[-1])
-        if isinstance(error, redis.exceptions.NoScriptError):
+        if error_code(error) == "NOSCRIPT":
             # SCRIPT FLUSH: reabrir a conexão carrega os scripts de novo.
             self.hungry[stream] = None
             self.lose_main(error)
@@ -1841,7 +2048,16 @@ class collector(threading.Thread):
             stream.source = stream.key
             self.hungry[stream] = None
         else:
-            self.waiting[stream] = next(self.order)
+            self.wait_for_lines(stream)
+
+    def on_probe(self, _, replies):
+        """Anota se o Redis ainda manda os avisos para a conexão deles.
+
+        Argumentos:
+            _ (None): sem uso.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        self.is_tracked = replies == [self.wake_id]
 
     def on_count(self, streams, replies):
         """Compara a contagem de todos com o esperado.
@@ -1998,6 +2214,7 @@ class stream:
         self.taken = self.list + b":taken"
         self.packed_key, self.packed_list = pack_words(self.key), pack_words(self.list)
         self.packed_keys = pack_words(self.key, self.list, self.taken)
+        self.packed_take = None
         self.sequence = 1
         self.repeat = self.ended = False
         self.answers = queue.SimpleQueue()
@@ -2538,11 +2755,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         """Prepara a conexão."""
         self.live.add(self)
         super().setup()
-        # Um prazo dado pelo Python custaria um poll() e uma disputa pelo GIL a
-        # cada leitura e escrita; o do sistema não custa nada.
-        limit = struct.pack("@ll", client_timeout, 0)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        set_deadline(self.connection, client_timeout)
         self.wfile = response_writer(self.connection)
 
     def finish(self):
