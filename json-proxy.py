@@ -2041,7 +2041,10 @@ class collector(threading.Thread):
         if lines:
             stream.sequence += 1
             # Sem scripts só a próxima consulta dirá se a lista se esvaziou.
-            stream.answers.put((lines, type_name == b"none" and self.scripts is not None))
+            if type_name == b"none" and self.scripts is not None:
+                stream.answers.put((lines, True))
+            elif stream.send_now(lines):
+                self.accept_ask(stream, time.monotonic() + PAUSE / 1000)
         elif type_name == b"none":
             stream.answers.put(ended_done)
         elif type_name == b"list" and self.scripts is None and stream.source != stream.key:
@@ -2142,6 +2145,9 @@ def submit_commands(stream, payload):
 # Stream: a resposta de um cliente
 # =============================================================================
 
+# Até este tamanho, em bytes, o coletor envia as linhas ele mesmo: preparar mais que
+# isso faria os outros streams esperarem.
+direct_bytes = 65536
 # Motivos do fim de um streaming, como aparecem no log.
 ended_done = "concluida"
 ended_word = "eof"
@@ -2198,8 +2204,9 @@ class stream_gate:
 class stream:
     """Um cliente à espera das linhas de sua tarefa.
 
-    Os campos do primeiro grupo são usados pelo coletor; os demais, só pela thread
-    do cliente.
+    Quem escreve no socket é quem tem a vez (turn): a thread do cliente, que só a
+    larga enquanto espera, ou o coletor, que então envia a linha ele mesmo: acordar a
+    thread custaria mais que enviar.
     """
 
     def __init__(self, name, environ):
@@ -2233,6 +2240,10 @@ class stream:
         self.lines = self.bytes = 0
         self.reason = ended_client
         self.once = threading.Lock()
+        self.turn = threading.Lock()
+        self.turn.acquire()
+        self.last_line = self.last_sent = self.started
+        self.is_chunked = environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
 
     def __iter__(self):
         """Gera os bytes da resposta e cuida do encerramento.
@@ -2242,6 +2253,9 @@ class stream:
         """
         try:
             yield from self.pump()
+        except OSError:
+            # O cliente saiu: o servidor sabe o que fazer com a conexão.
+            raise
         except Exception as error:
             self.reason = ended_error
             log.error("tarefa=%s falha interna: %s: %s", self.name, type(error).__name__, error)
@@ -2255,34 +2269,98 @@ class stream:
 
         Retorna:
             iterator: trechos de bytes.
+        Levanta:
+            OSError: se o cliente saiu ou não lê.
         """
-        last_line = last_sent = time.monotonic()
         while True:
-            limit = last_line + MAXTIME / 1000
-            beat = last_sent + HEARTBEAT / 1000 if HEARTBEAT else math.inf
-            try:
-                answer = self.answers.get(timeout=max(0.0, min(limit, beat) - time.monotonic()))
-            except queue.Empty:
-                if time.monotonic() >= limit:
+            answer = self.wait()
+            if answer is None:
+                if time.monotonic() >= self.line_deadline():
                     self.reason = ended_timeout
                     yield self.count(MAXTIME_ERROR + b"\n", 1)
                     return
-                yield HEARTBEAT_LINE + b"\n"
-                last_sent = time.monotonic()
+                if time.monotonic() >= self.beat_deadline():
+                    yield HEARTBEAT_LINE + b"\n"
+                    self.last_sent = time.monotonic()
                 continue
-            if not isinstance(answer, tuple):
+            if isinstance(answer, bytes):
+                send_all(self.socket, answer)
+            elif isinstance(answer, tuple):
+                chunk, lines, is_end = join_lines(answer[0])
+                if chunk:
+                    yield self.count(chunk, lines)
+                if is_end or answer[1]:
+                    self.reason = ended_word if is_end else ended_done
+                    return
+            else:
                 yield from self.end(answer)
-                return
-            chunk, lines, is_end = join_lines(answer[0])
-            if chunk:
-                yield self.count(chunk, lines)
-            if is_end or answer[1]:
-                self.reason = ended_word if is_end else ended_done
                 return
             # O relógio conta a partir do envio: um cliente lento não faz vencer
             # o prazo de linhas que já estão na lista.
-            last_line = last_sent = time.monotonic()
+            self.last_line = self.last_sent = time.monotonic()
             hub.ask(self, PAUSE)
+
+    def line_deadline(self):
+        """Calcula quando MAXTIME se esgota.
+
+        Retorna:
+            float: instante do relógio monotônico, em segundos.
+        """
+        return self.last_line + MAXTIME / 1000
+
+    def beat_deadline(self):
+        """Calcula quando HEARTBEAT_LINE deve sair.
+
+        Retorna:
+            float: instante do relógio monotônico, em segundos.
+        """
+        return self.last_sent + HEARTBEAT / 1000 if HEARTBEAT else math.inf
+
+    def wait(self):
+        """Larga a vez até o coletor responder ou um prazo vencer.
+
+        Retorna:
+            object: resposta do coletor; None se um prazo pode ter vencido.
+        """
+        limit = min(self.line_deadline(), self.beat_deadline())
+        self.turn.release()
+        try:
+            return self.answers.get(timeout=max(0.0, limit - time.monotonic()))
+        except queue.Empty:
+            pass
+        finally:
+            self.turn.acquire()
+        # O coletor pode ter respondido entre o prazo e a vez; um resto de linha
+        # precisa sair antes de qualquer outra coisa.
+        return None if self.answers.empty() else self.answers.get()
+
+    def send_now(self, elements):
+        """Envia linhas na thread do coletor, se isso não a faz esperar.
+
+        Argumentos:
+            elements (list[bytes]): elementos da lista.
+        Retorna:
+            bool: verdadeiro se tudo foi enviado; senão, o que falta fica para a
+            thread do cliente, que pedirá as próximas linhas.
+        """
+        is_large = sum(map(len, elements)) > direct_bytes
+        if self.socket is None or is_large or not self.turn.acquire(blocking=False):
+            self.answers.put((elements, False))
+            return False
+        rest = (elements, False)
+        try:
+            chunk, lines, is_end = join_lines(elements)
+            if not is_end:
+                rest = send_some(self.socket, frame(self.count(chunk, lines), self.is_chunked)) if chunk else b""
+                self.last_line = self.last_sent = time.monotonic()
+        except OSError:
+            rest = ended_client
+        finally:
+            # Antes de largar a vez: nada pode sair no meio de uma linha.
+            if rest:
+                self.answers.put(rest)
+            self.turn.release()
+        return not rest
 
     def end(self, answer):
         """Gera a última linha, se o motivo do fim pede uma.
@@ -2328,6 +2406,50 @@ class stream:
             self.name, self.client, self.method, self.path, self.reason, self.lines, self.bytes, first,
             round((time.monotonic() - self.started) * 1000),
         )
+
+
+def frame(chunk, is_chunked):
+    """Dá a um trecho a forma em que ele vai no socket.
+
+    Argumentos:
+        chunk (bytes): trecho com linhas inteiras, não vazio.
+        is_chunked (bool): verdadeiro em HTTP/1.1, cuja resposta vai em chunks.
+    Retorna:
+        bytes: o trecho, com o tamanho à frente se vai em chunks.
+    """
+    return b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk
+
+
+def send_some(connection, data):
+    """Envia a um cliente o que couber sem esperar.
+
+    Argumentos:
+        connection (socket.socket): conexão com o cliente.
+        data (bytes): bytes a enviar.
+    Retorna:
+        bytes: o resto, que não coube.
+    Levanta:
+        OSError: se o cliente saiu.
+    """
+    try:
+        return data[connection.send(data, socket.MSG_DONTWAIT):]
+    except BlockingIOError:
+        return data
+
+
+def send_all(connection, data):
+    """Envia tudo a um cliente, esperando que ele leia.
+
+    Argumentos:
+        connection (socket.socket): conexão com o cliente, com um prazo do sistema.
+        data (bytes): bytes a enviar.
+    Levanta:
+        OSError: se o cliente saiu ou não lê há client_timeout segundos.
+    """
+    try:
+        connection.sendall(data)
+    except BlockingIOError:
+        raise TimeoutError("o cliente não lê a resposta") from None
 
 
 def error_line(code, message=""):
@@ -2715,11 +2837,8 @@ class response_writer(io.BufferedIOBase):
             OSError: se o cliente saiu ou não lê há client_timeout segundos.
         """
         data, self.parts = b"".join(self.parts), []
-        try:
-            if data:
-                self.connection.sendall(data)
-        except BlockingIOError:
-            raise TimeoutError("o cliente não lê a resposta") from None
+        if data:
+            send_all(self.connection, data)
 
 
 class chunked_input(werkzeug.serving.DechunkedInput):
