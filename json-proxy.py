@@ -47,6 +47,7 @@ import io
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import os
 import queue
@@ -71,11 +72,13 @@ try:
     import redis
     import redis.backoff
     import redis.retry
+    import redis.sentinel
     import waitress
     import waitress.channel
     import waitress.parser
     import waitress.task
     import waitress.utilities
+    import waitress.wasyncore
     import werkzeug.exceptions
     import werkzeug.serving
 except ModuleNotFoundError:
@@ -276,8 +279,26 @@ url_reserved = {
 }
 
 
+def parse_sentinels(text):
+    """Lê a forma de REDIS_SERVER que nomeia sentinelas.
+
+    Argumentos:
+        text (str): sentinel://[usuário:senha@]ip[:porta],.../mestre[/database]; o
+            usuário e a senha são os das sentinelas; sem porta vale 26379.
+    Retorna:
+        redis_address: o texto completo e o texto sem usuário nem senha.
+    Levanta:
+        ValueError: se não tiver essa forma.
+    """
+    host = r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\],]+)(?::[0-9]{1,5})?"
+    parts = re.fullmatch(rf"sentinel://(?:[^\s/@]*@)?({host}(?:,{host})*)/([^\s/?#]+)(?:/([0-9]+))?", text)
+    if not parts:
+        raise ValueError(text)
+    return redis_address(text, f"sentinel://{parts[1]}/{parts[2]}/{int(parts[3] or 0)}")
+
+
 def parse_redis_address(text):
-    """Lê REDIS_SERVER: ip[:porta][/database] ou uma URL do redis-py.
+    """Lê REDIS_SERVER: ip[:porta][/database], uma URL do redis-py ou as sentinelas.
 
     Argumentos:
         text (str): endereço; sem porta vale 6379 e sem database vale 0.
@@ -296,6 +317,8 @@ def parse_redis_address(text):
             raise ValueError(text)
         shown = f"{host}:{port}/{database}"
         return redis_address(f"redis://{shown}", shown)
+    if text.startswith("sentinel:"):
+        return parse_sentinels(text)
     url = urllib.parse.urlsplit(text)
     if url.scheme not in ("redis", "rediss", "unix") or not (url.hostname or url.scheme == "unix"):
         raise ValueError(text)
@@ -321,7 +344,8 @@ switch_kind = kind(parse_switch, "on ou off")
 origins_kind = kind(parse_origins, "vazio, * ou uma lista de origens como https://exemplo.com.br")
 redis_kind = kind(
     parse_redis_address,
-    "ip:porta/database (127.0.0.1:6379/1) ou uma URL redis://, rediss:// ou unix://",
+    "ip:porta/database (127.0.0.1:6379/1), uma URL redis://, rediss:// ou unix://, ou "
+    "sentinel://ip:porta,ip:porta/mestre/database",
 )
 day = 24 * 60 * 60 * 1000
 
@@ -368,6 +392,8 @@ settings = [
             "streams simultâneos; um a mais recebe 503"),
     setting("MAX_BODY", ("--max-body",), integer(0, 536870912), "16777216", "Limites", "bytes",
             "tamanho máximo do corpo da requisição; maior recebe 413"),
+    setting("REQUEST_TIMEOUT", ("--request-timeout",), integer(100, day), "30000", "Limites", "ms",
+            "prazo para a requisição chegar inteira, com o corpo; vencido, recebe 408"),
     setting("ONE_CORE", ("--one-core",), switch_kind, "on", "Limites", "",
             "prende o processo a um núcleo: sob o GIL, os outros só atrasam a troca de threads"),
     setting("LOG_LEVEL", ("--log-level",), choice("debug", "info", "warning", "error"), "info", "Log", "",
@@ -399,6 +425,7 @@ HEARTBEAT_LINE: bytes = ...
 DRAIN: int = ...
 MAX_STREAMS: int = ...
 MAX_BODY: int = ...
+REQUEST_TIMEOUT: int = ...
 ONE_CORE: bool = ...
 LOG_LEVEL: str = ...
 ENV_FILE: str = ...
@@ -654,6 +681,63 @@ class log_formatter(logging.Formatter):
         return self.words.get(record.levelname, "") + text
 
 
+# Linhas de log que esperam por uma saída lenta; além delas, são perdidas e contadas.
+log_lines = 10000
+# Tempo máximo, em segundos, para escrever o que resta ao encerrar.
+log_patience = 1.0
+
+
+class log_queue(logging.handlers.QueueHandler):
+    """Fila entre o programa e a saída de erros: uma saída presa não prende streams."""
+
+    lost = 0
+
+    def enqueue(self, record):
+        """Guarda uma linha, ou a conta como perdida se a fila está cheia.
+
+        Argumentos:
+            record (logging.LogRecord): linha já formatada.
+        """
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.lost += 1
+
+    def drain(self):
+        """Espera que as linhas guardadas sejam escritas, por log_patience segundos."""
+        deadline = time.monotonic() + log_patience
+        while self.queue.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
+class log_writer(logging.handlers.QueueListener):
+    """Escreve as linhas da fila, em sua própria thread."""
+
+    def __init__(self, source, output):
+        """Guarda de onde ler e onde escrever.
+
+        Argumentos:
+            source (log_queue): fila.
+            output (logging.StreamHandler): saída.
+        """
+        super().__init__(source.queue, output)
+        self.source, self.output = source, output
+
+    def handle(self, record):
+        """Escreve uma linha e conta as que se perderam antes dela.
+
+        Argumentos:
+            record (logging.LogRecord): linha já formatada.
+        """
+        super().handle(record)
+        lost, self.source.lost = self.source.lost, 0
+        if lost:
+            self.output.handle(self.source.prepare(logging.LogRecord(
+                program, logging.WARNING, "", 0, "%d linhas de log se perderam: a saída de erros não as aceitava",
+                (lost,), None,
+            )))
+
+
 def stderr_is_journal():
     """Descobre se a saída de erros vai para o journald.
 
@@ -673,9 +757,12 @@ def configure_logging(level):
     Argumentos:
         level (str): debug, info, warning ou error.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    # Sem isto, uma falha de escrita geraria um traceback a cada linha.
+    logging.raiseExceptions = False
+    handler = log_queue(queue.Queue(log_lines))
     handler.setFormatter(log_formatter(stderr_is_journal()))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    log_writer(handler, logging.StreamHandler(sys.stderr)).start()
     log.setLevel(level.upper())
     # Os dois escrevem uma linha por requisição ou por fila; o que interessa ao
     # operador já sai nas nossas.
@@ -770,17 +857,44 @@ def redis_pool():
         # rodou; quem decide o que pode ser repetido é o coletor.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
     }
-    if not REDIS_SERVER.url.startswith("unix:"):
-        options |= {"socket_connect_timeout": redis_timeout, "socket_keepalive": True}
     # RESP2: os avisos chegam como pub/sub em outra conexão, igual em todas as
     # versões do redis-py (a 4 não conhece o argumento; a 8 usaria RESP3).
     if int(redis.__version__.partition(".")[0]) >= 5:
         options["protocol"] = 2
-    pool = redis.ConnectionPool.from_url(REDIS_SERVER.url, **options)
+    if REDIS_SERVER.url.startswith("sentinel:"):
+        pool = sentinel_pool(options)
+    else:
+        if not REDIS_SERVER.url.startswith("unix:"):
+            options |= {"socket_connect_timeout": redis_timeout, "socket_keepalive": True}
+        pool = redis.ConnectionPool.from_url(REDIS_SERVER.url, **options)
     pool.connection_kwargs["decode_responses"] = False
     if REDIS_PASSWORD:
         pool.connection_kwargs["password"] = REDIS_PASSWORD
     return pool
+
+
+def sentinel_pool(options):
+    """Cria a fábrica de conexões com o mestre que as sentinelas apontam.
+
+    Argumentos:
+        options (dict): opções das conexões com o mestre.
+    Retorna:
+        redis.sentinel.SentinelConnectionPool: cada conexão pergunta de novo, ao ser
+        aberta, quem é o mestre.
+    """
+    access = REDIS_SERVER.url.removeprefix("sentinel://").rpartition("@")[0]
+    user, _, password = access.partition(":")
+    hosts, master, database = REDIS_SERVER.shown.removeprefix("sentinel://").split("/")
+    split = [urllib.parse.urlsplit(f"//{host}") for host in hosts.split(",")]
+    # Uma sentinela muda não pode consumir o tempo de quem espera pela resposta.
+    asking = {"socket_timeout": redis_timeout / 4, "socket_connect_timeout": redis_timeout / 4,
+              "retry": options["retry"]}
+    if access:
+        asking |= {"username": urllib.parse.unquote(user) or None, "password": urllib.parse.unquote(password)}
+    sentinels = redis.sentinel.Sentinel([(url.hostname, url.port or 26379) for url in split], sentinel_kwargs=asking)
+    return redis.sentinel.SentinelConnectionPool(
+        master, sentinels, socket_connect_timeout=redis_timeout / 2, socket_keepalive=True, db=int(database), **options,
+    )
 
 
 def set_deadline(connection, seconds):
@@ -808,6 +922,8 @@ class redis_link:
             pool (redis.ConnectionPool): fábrica da conexão.
             name (str): nome mostrado por CLIENT LIST.
         """
+        # A conexão que pergunta às sentinelas só guarda uma referência fraca.
+        self.pool = pool
         self.connection = pool.make_connection()
         self.name = name
         self.is_open = False
@@ -1016,6 +1132,22 @@ def parse_reply(data, start):
     return items, position
 
 
+# Recusas que não são do comando, mas do estado do servidor, e passam: ele carrega os
+# dados, é uma réplica (o mestre mudou) ou não consegue gravar em disco.
+unable_codes = frozenset(("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "CLUSTERDOWN", "NOREPLICAS"))
+
+
+def is_unable(error):
+    """Diz se o erro vale para qualquer comando, até o servidor mudar de estado.
+
+    Argumentos:
+        error (Exception): resposta do Redis, ou None.
+    Retorna:
+        bool: verdadeiro se é como se o Redis estivesse fora do ar.
+    """
+    return error_code(error) in unable_codes
+
+
 def error_code(error):
     """Extrai o código de um erro do Redis.
 
@@ -1162,10 +1294,10 @@ def build_task(name, request, body):
 take_lines = 500
 take_bytes = 262144
 round_takes = 128
-# Tarefas examinadas uma a uma em cada contagem, em rodízio: ela não percebe uma
-# tarefa trocada por uma lista, se o aviso dela se perder. É uma rede de segurança;
-# cada uma custa um comando.
-rotation_size = 30
+# Redes de segurança, em rodízio, a cada prova dos avisos: streams contados, e tarefas
+# examinadas uma a uma, pois a contagem não percebe uma tarefa trocada por uma lista.
+count_size = 200
+types_size = 3
 # Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
 answer_timeout = 5.0
 # Tempos do coletor, em segundos: tolerância para um aviso já a caminho, sinal de
@@ -1173,15 +1305,20 @@ answer_timeout = 5.0
 # podem ser examinados por consulta, e informe ao systemd (WatchdogSec é 30).
 wake_grace = 0.005
 # Com os avisos ligados, um PING na conexão deles prova que nenhum se perdeu: vai
-# probe_grace antes de vencer INTERVAL e, respondido, dispensa a contagem, que passa
-# a ser feita a cada count_interval.
+# probe_grace antes de vencer INTERVAL e, respondido, dispensa a contagem de todos.
 probe_grace = 0.02
-count_interval = 1.0
 idle_ping = 15.0
 wake_patience = 0.1
 wake_retry = 1.0
 gone_check = 0.5
 status_interval = 5.0
+# Tempo, em segundos, até repetir no log uma queixa igual.
+complaint_interval = 60.0
+# Procura por listas órfãs: tempo entre duas voltas e entre dois passos de uma volta,
+# em segundos, e chaves olhadas em um passo, que seguram o Redis por menos de 1 ms.
+orphan_interval = 20.0
+orphan_pause = 0.02
+orphan_keys = 1000
 
 
 class batch_entry(typing.NamedTuple):
@@ -1216,6 +1353,21 @@ def slices(streams):
         list[list]: fatias de até 500 streams.
     """
     return [streams[start:start + 500] for start in range(0, len(streams), 500)]
+
+
+def take_turn(streams, start, size):
+    """Escolhe os streams da vez em um rodízio.
+
+    Argumentos:
+        streams (list[stream]): todos.
+        start (int): onde parou a vez anterior.
+        size (int): quantos escolher.
+    Retorna:
+        tuple: (lista com até size streams, onde começa a próxima vez).
+    """
+    start %= len(streams)
+    part = streams[start:start + size]
+    return part + streams[:min(start, size - len(part))], start + size
 
 
 class collector(threading.Thread):
@@ -1256,12 +1408,15 @@ class collector(threading.Thread):
         self.retry_at = self.wake_retry_at = self.census_at = self.gone_at = 0.0
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
         self.recount_at = self.stop_at = self.probe_at = math.inf
-        self.count_at = self.probed_at = 0.0
+        self.probed_at = 0.0
         self.wake_id = self.unheard = 0
         self.is_tracked = False
         self.idle_at = time.monotonic() + idle_ping
-        self.rotation = 0
-        self.suspects, self.census_serial = [], 0
+        self.count_turn = self.types_turn = 0
+        self.suspects, self.counted, self.census_serial = [], [], 0
+        self.complaints = {}
+        self.cursor, self.orphan_at = b"0", 0.0
+        self.strangers, self.orphans = [], []
 
     # -- chamados pelas outras threads ----------------------------------------
 
@@ -1464,9 +1619,9 @@ class collector(threading.Thread):
             moments.append(self.gone_at)
         if not self.main.is_open:
             return min(*moments, self.retry_at)
-        if self.hungry or self.removals or self.suspects:
+        if self.hungry or self.removals or self.suspects or self.strangers or self.orphans:
             return 0.0
-        moments += [self.idle_at, self.recount_at]
+        moments += [self.idle_at, self.recount_at, self.orphan_at]
         if self.waiting:
             moments += [self.census_at, self.probe_at]
         if self.paused:
@@ -1563,11 +1718,15 @@ class collector(threading.Thread):
         """
         self.main.open()
         try:
-            pong, *digests = self.main.call([
-                ("PING",), ("SCRIPT", "LOAD", take_script), ("SCRIPT", "LOAD", search_script),
+            # Apagar o que não existe não muda nada, e uma réplica recusa.
+            pong, trial, *digests = self.main.call([
+                ("PING",), ("UNLINK", REDIS_LIST_PREFIX),
+                ("SCRIPT", "LOAD", take_script), ("SCRIPT", "LOAD", search_script),
             ])
             if isinstance(pong, redis.ResponseError):
                 raise pong
+            if is_unable(trial):
+                raise trial
         except redis.RedisError:
             self.main.close()
             raise
@@ -1687,6 +1846,19 @@ class collector(threading.Thread):
         log.info("Redis de volta")
         return True
 
+    def complain(self, text):
+        """Registra um erro que se repete a cada consulta, no máximo uma vez por minuto.
+
+        Argumentos:
+            text (str): frase para o operador.
+        """
+        now = time.monotonic()
+        if now >= self.complaints.get(text, 0.0):
+            # Poucas frases são possíveis, mas elas citam o que o Redis disse.
+            self.complaints = {old: due for old, due in self.complaints.items() if due > now}
+            self.complaints[text] = now + complaint_interval
+            log.warning("%s", text)
+
     def refuse(self, error):
         """Responde com erro a quem espera pelo Redis.
 
@@ -1712,7 +1884,7 @@ class collector(threading.Thread):
             self.lose_wake(error)
             return
         self.wake_streams(words)
-        if b"*-1" in words:
+        if b"$-1" in words or b"*-1" in words:
             # FLUSHALL e FLUSHDB avisam sem nomear chaves.
             self.wake_streams(list(self.names))
         for _ in range(words.count(b"pong")):
@@ -1725,7 +1897,7 @@ class collector(threading.Thread):
             now (float): instante do relógio monotônico, em segundos.
         """
         self.unheard -= 1
-        if self.unheard == 0 and self.is_tracked and now < self.count_at:
+        if self.unheard == 0 and self.is_tracked:
             self.schedule_census(now)
 
     def wake_streams(self, keys):
@@ -1789,7 +1961,7 @@ class collector(threading.Thread):
         for stream in takes:
             del self.hungry[stream]
             batch.append(batch_entry(self.take_commands(stream), self.on_take, stream))
-        return batch + self.build_census(now) + self.build_renewal(now)
+        return batch + self.build_census(now) + self.build_renewal(now) + self.build_orphans(now)
 
     def build_census(self, now):
         """Monta a consulta periódica, que responde por todos os que esperam.
@@ -1807,17 +1979,16 @@ class collector(threading.Thread):
         if not self.waiting:
             # O primeiro a esperar terá um INTERVAL inteiro.
             self.schedule_census(now)
-            self.recount_at, self.suspects = math.inf, []
+            self.recount_at, self.suspects, self.counted = math.inf, [], []
             return []
         batch = self.build_probe(now) if now >= self.probe_at else []
         if now >= self.recount_at:
             self.recount_at = math.inf
-            # Quem voltou a esperar depois da conta está no fim.
-            old = list(itertools.takewhile(lambda s: self.waiting[s] <= self.census_serial, self.waiting))
+            # Quem voltou a esperar depois da conta não foi contado.
+            old = [stream for stream in self.counted if self.waiting.get(stream, math.inf) <= self.census_serial]
             batch += [self.count_entry(part, self.on_recount) for part in slices(old)]
         if now >= self.census_at:
             self.schedule_census(now)
-            self.count_at = now + count_interval
             batch += self.build_count(list(self.waiting))
         suspects, self.suspects = self.suspects, []
         if self.scripts is None:
@@ -1840,7 +2011,7 @@ class collector(threading.Thread):
             now (float): instante do relógio monotônico, em segundos.
         """
         self.census_at = now + INTERVAL / 1000
-        is_short = INTERVAL / 1000 <= 2 * probe_grace
+        is_short = 2 * probe_grace >= INTERVAL / 1000
         self.probe_at = math.inf if is_short or not self.wake_works() else self.census_at - probe_grace
 
     def build_probe(self, now):
@@ -1859,28 +2030,29 @@ class collector(threading.Thread):
             self.probed_at = now
         self.unheard += 1
         try:
-            if now >= self.probed_at + redis_timeout:
-                raise redis.TimeoutError("sem resposta do Redis")
             self.wake.send([("PING",)])
-        except (redis.RedisError, OSError) as error:
+        except OSError as error:
             self.lose_wake(error)
             return []
-        return [batch_entry([("CLIENT", "GETREDIR")], self.on_probe, None)]
+        if now >= self.probed_at + redis_timeout:
+            self.lose_wake(redis.TimeoutError("sem resposta do Redis"))
+            return []
+        part, self.count_turn = take_turn(list(self.waiting), self.count_turn, count_size)
+        return [batch_entry([("CLIENT", "GETREDIR")], self.on_probe, None), *self.build_count(part)]
 
     def build_count(self, streams):
-        """Monta a contagem de todos os que esperam; sem avisos, a procura de todos.
+        """Monta uma contagem; sem avisos, a procura.
 
         Argumentos:
-            streams (list[stream]): streams à espera.
+            streams (list[stream]): streams à espera, todos ou os da vez.
         Retorna:
             list[batch_entry]: a contagem e o exame de algumas tarefas, em rodízio.
         """
         if not self.wake_works():
             self.suspects = streams
             return []
-        self.census_serial = next(self.order)
-        part = [streams[(self.rotation + i) % len(streams)] for i in range(min(len(streams), rotation_size))]
-        self.rotation += rotation_size
+        self.counted, self.census_serial = streams, next(self.order)
+        part, self.types_turn = take_turn(list(self.waiting), self.types_turn, types_size)
         return [
             batch_entry([("TYPE", s.key) for s in part], self.on_types, part),
             self.count_entry(streams, self.on_count),
@@ -1920,6 +2092,34 @@ class collector(threading.Thread):
             self.renewals[stream] = now + REDIS_TTL / 3
         commands = [("EXPIRE", key, REDIS_TTL) for s in streams for key in (s.key, s.list, s.taken)]
         return [batch_entry(commands, self.on_renewal, None)]
+
+    def build_orphans(self, now):
+        """Monta um passo da procura por listas órfãs.
+
+        Um worker que empurra depois do fim da tarefa, ou depois de o proxy ser morto,
+        recria a lista sem validade, e ela ficaria no Redis para sempre.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        Retorna:
+            list[batch_entry]: vazia se não é hora.
+        """
+        batch = []
+        if self.orphans:
+            orphans, self.orphans = self.orphans, []
+            batch.append(batch_entry([("EXPIRE", name, REDIS_TTL) for name in orphans], self.on_renewal, None))
+        if self.strangers:
+            strangers, self.strangers = self.strangers, []
+            start = len(REDIS_LIST_PREFIX.encode())
+            keys = [REDIS_PREFIX.encode() + name[start:] for name in strangers]
+            commands = [each for pair in zip(keys, strangers, strict=True) for each in zip(("EXISTS", "TTL"), pair, strict=True)]
+            batch.append(batch_entry(commands, self.on_strangers, strangers))
+        if now >= self.orphan_at:
+            self.orphan_at = math.inf
+            pattern = re.sub(r"([*?\[\]\\])", r"\\\1", REDIS_LIST_PREFIX) + "*"
+            command = ("SCAN", self.cursor, "MATCH", pattern, "COUNT", orphan_keys, "TYPE", "list")
+            batch.append(batch_entry([command], self.on_scan, None))
+        return batch
 
     def take_commands(self, stream):
         """Monta a retirada de linhas de um stream.
@@ -1994,6 +2194,8 @@ class collector(threading.Thread):
             replies (list | Exception): respostas ou a falha da conexão.
         """
         error = replies if isinstance(replies, Exception) else first_error(replies)
+        if is_unable(error):
+            self.lose_main(error)
         if error is None and not stream.ended:
             self.wait_for_lines(stream)
             self.renewals[stream] = time.monotonic() + REDIS_TTL / 3
@@ -2010,7 +2212,7 @@ class collector(threading.Thread):
             # Se o Redis demorar a voltar, a validade das chaves faz o serviço.
             self.removals = (streams + self.removals)[:10000]
         elif first_error(replies):
-            log.warning("o Redis não apagou as chaves de %d tarefas: %s", len(streams), replies[0])
+            self.complain(f"o Redis não apagou as chaves das tarefas: {replies[0]}")
 
     def on_take(self, stream, replies):
         """Entrega ao stream as linhas tiradas, ou o deixa à espera.
@@ -2028,7 +2230,7 @@ class collector(threading.Thread):
             return
         # Dentro de uma transação o erro vem entre as respostas do EXEC.
         error = first_error(replies) or first_error(replies[-1])
-        if error_code(error) == "NOSCRIPT":
+        if error_code(error) == "NOSCRIPT" or is_unable(error):
             # SCRIPT FLUSH: reabrir a conexão carrega os scripts de novo.
             self.hungry[stream] = None
             self.lose_main(error)
@@ -2072,8 +2274,10 @@ class collector(threading.Thread):
         if isinstance(replies, Exception):
             return
         error = first_error(replies)
-        if error is not None:
-            log.warning("a consulta periódica falhou: %s", error)
+        if is_unable(error):
+            self.lose_main(error)
+        elif error is not None:
+            self.complain(f"a consulta periódica falhou: {error}")
         elif replies != [0, len(streams)]:
             self.recount_at = time.monotonic() + wake_grace
 
@@ -2116,6 +2320,34 @@ class collector(threading.Thread):
             if self.waiting.pop(streams[position], None) is not None:
                 self.hungry[streams[position]] = None
 
+    def on_scan(self, _, replies):
+        """Separa as listas que não são de um stream vivo deste proxy.
+
+        Argumentos:
+            _ (None): sem uso.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        self.orphan_at = time.monotonic() + orphan_interval
+        if isinstance(replies, Exception):
+            return
+        if first_error(replies):
+            self.complain(f"as listas órfãs não são procuradas: {replies[0]}")
+            return
+        self.cursor, names = replies[0]
+        if self.cursor != b"0":
+            self.orphan_at += orphan_pause - orphan_interval
+        self.strangers = [name for name in names if name not in self.names]
+
+    def on_strangers(self, names, replies):
+        """Anota as listas sem tarefa e sem validade.
+
+        Argumentos:
+            names (list[bytes]): listas.
+            replies (list | Exception): para cada uma, se a tarefa existe e a validade.
+        """
+        if not isinstance(replies, Exception):
+            self.orphans = [name for i, name in enumerate(names) if replies[2 * i:2 * i + 2] == [0, -1]]
+
     def on_renewal(self, _, replies):
         """Confere se a validade das chaves foi renovada.
 
@@ -2124,7 +2356,7 @@ class collector(threading.Thread):
             replies (list | Exception): respostas ou a falha da conexão.
         """
         if not isinstance(replies, Exception) and first_error(replies):
-            log.warning("o Redis não renovou a validade das chaves: %s", first_error(replies))
+            self.complain(f"o Redis não renovou a validade das chaves: {first_error(replies)}")
 
 
 def submit_commands(stream, payload):
@@ -2593,12 +2825,14 @@ def read_body(request):
     Retorna:
         bytes: o corpo, ou b"" se não houver.
     Levanta:
-        werkzeug.exceptions.HTTPException: 413 se passar de MAX_BODY; 400 se o
-        corpo não chegar inteiro ou tiver um chunk inválido.
+        werkzeug.exceptions.HTTPException: 413 se passar de MAX_BODY; 408 se não
+        chegar em REQUEST_TIMEOUT; 400 se não chegar inteiro ou tiver um chunk
+        inválido.
     """
     if (request.content_length or 0) > MAX_BODY:
         raise werkzeug.exceptions.RequestEntityTooLarge()
     parts, size = [], 0
+    handler = request.environ.get("ndjson.handler")
     try:
         # request.stream não passa pelos formulários, que esvaziariam o corpo.
         while part := request.stream.read(read_size):
@@ -2606,8 +2840,12 @@ def read_body(request):
             if size > MAX_BODY:
                 raise werkzeug.exceptions.RequestEntityTooLarge()
             parts.append(part)
-    except OSError as error:
+    except (OSError, werkzeug.exceptions.BadRequest) as error:
+        if handler is not None and handler.is_late:
+            raise werkzeug.exceptions.RequestTimeout() from error
         raise werkzeug.exceptions.BadRequest() from error
+    if handler is not None and not handler.received():
+        raise werkzeug.exceptions.RequestTimeout()
     return b"".join(parts)
 
 
@@ -2638,7 +2876,7 @@ def redis_failure(error):
     Retorna:
         flask.Response: 504 se o Redis não atendeu; 500 se ele recusou.
     """
-    if isinstance(error, redis.ResponseError):
+    if isinstance(error, redis.ResponseError) and not is_unable(error):
         log.warning("o Redis recusou uma tarefa: %s", error)
         return error_response(500, "redis_error", f"o Redis recusou a tarefa: {error}")
     return error_response(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
@@ -2785,9 +3023,13 @@ def host_error(status, origin):
 # escutar e devolve uma função que diz quantas conexões ainda não terminaram.
 
 backlog = 4096
-# Tempo máximo, em segundos, de um cliente que não envia a requisição ou não lê a
-# resposta.
+# Tempo máximo, em segundos, de um cliente que não lê a resposta ou não faz outra
+# requisição na mesma conexão.
 client_timeout = 60
+# Intervalo, em segundos, entre dois exames dos prazos das conexões.
+sweep_interval = 1.0
+# Bytes que o waitress guarda de uma resposta antes de fazer a thread esperar.
+high_watermark = 1048576
 # Tempo, em segundos, que uma thread do servidor do Flask espera por outro cliente.
 thread_patience = 2
 last_chunk = b"0\r\n\r\n"
@@ -2869,11 +3111,30 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
 
     disable_nagle_algorithm = True
     live: typing.ClassVar = set()
+    # Quem ainda envia a requisição, na ordem dos prazos, que são todos iguais.
+    receiving: typing.ClassVar = {}
+
+    @classmethod
+    def expire(cls, now):
+        """Deixa de ler as requisições cujo prazo venceu.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        """
+        late = itertools.takewhile(lambda item: item[1] <= now, list(cls.receiving.items()))
+        for handler, _ in late:
+            if cls.receiving.pop(handler, None) is not None:
+                handler.is_late = True
+                # Quem espera pelo resto da requisição lê o fim dela.
+                with contextlib.suppress(OSError):
+                    handler.connection.shutdown(socket.SHUT_RD)
 
     def setup(self):
         """Prepara a conexão."""
+        self.is_late = False
         self.live.add(self)
         super().setup()
+        self.receiving[self] = time.monotonic() + REQUEST_TIMEOUT / 1000
         set_deadline(self.connection, client_timeout)
         self.wfile = response_writer(self.connection)
 
@@ -2882,7 +3143,18 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         try:
             super().finish()
         finally:
+            self.received()
             self.live.discard(self)
+            # O ambiente aponta para cá: o ciclo só seria desfeito pelo coletor de lixo.
+            vars(self).pop("environ", None)
+
+    def received(self):
+        """Anota que a requisição chegou inteira, ou que não é mais esperada.
+
+        Retorna:
+            bool: falso se o prazo já tinha vencido.
+        """
+        return self.receiving.pop(self, None) is not None
 
     def version_string(self):
         """Nomeia o servidor.
@@ -2904,6 +3176,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
             self.protocol_version = "HTTP/1.0"
         environ = super().make_environ()
         environ["ndjson.target"] = self.requestline.split()[1]
+        environ["ndjson.handler"] = self
         if environ.get("wsgi.input_terminated"):
             environ["wsgi.input"] = chunked_input(self.rfile)
         return environ
@@ -2918,6 +3191,9 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
             bool: falso se a requisição já foi respondida com um erro.
         """
         if not super().parse_request():
+            return False
+        if self.is_late:
+            self.send_error(408)
             return False
         if any(isinstance(defect, email.errors.MissingHeaderBodySeparatorDefect) for defect in self.headers.defects):
             # O http.server pararia de ler os cabeçalhos na linha inválida.
@@ -3067,7 +3343,7 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
             raise
 
     def service_actions(self):
-        """Para o laço, se foi pedido, depois de cada conexão.
+        """Para o laço, se foi pedido, e examina os prazos, a cada conexão e meio segundo.
 
         Levanta:
             KeyboardInterrupt: se um sinal de parada chegou.
@@ -3075,6 +3351,7 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
         stop.is_busy = False
         if stop.is_requested:
             raise KeyboardInterrupt
+        flask_handler.expire(time.monotonic())
 
     def handle_error(self, request, client_address):
         """Registra em uma linha a falha de uma conexão.
@@ -3201,11 +3478,185 @@ class waitress_parser(waitress.parser.HTTPRequestParser):
         return consumed
 
 
+class request_timeout(waitress.utilities.Error):
+    """Requisição que não chegou inteira a tempo."""
+
+    code = 408
+    reason = "Request Timeout"
+
+
 class waitress_channel(waitress.channel.HTTPChannel):
-    """Conexão do waitress com a nossa leitura da requisição e os nossos erros."""
+    """Conexão do waitress com a nossa leitura da requisição, erros e prazos.
+
+    Os prazos do waitress seguem o relógio do sistema, que pode voltar no tempo, e
+    não alcançam quem envia a requisição aos poucos nem quem não lê a resposta.
+    """
 
     parser_class = waitress_parser
     error_task_class = waitress_error
+
+    def __init__(self, server, *args, **options):
+        """Começa a contar o prazo da requisição.
+
+        Argumentos:
+            server (waitress.server.BaseWSGIServer): servidor.
+            args (object): argumentos do waitress.
+            options (object): argumentos nomeados do waitress.
+        """
+        self.poller = server.asyncore
+        self.moved_at = time.monotonic()
+        self.began_at = self.moved_at
+        super().__init__(server, *args, **options)
+
+    def add_channel(self, map=None):
+        """Entra no laço.
+
+        Argumentos:
+            map (dict): descritores do laço.
+        """
+        super().add_channel(map)
+        self.poller.touched.append(self._fileno)
+
+    def service(self):
+        """Atende uma requisição, na thread do cliente."""
+        descriptor = self._fileno
+        super().service()
+        self.poller.touched.append(descriptor)
+        self.server.pull_trigger()
+
+    def write_soon(self, data):
+        """Envia um trecho da resposta, na thread do cliente.
+
+        Argumentos:
+            data (bytes): trecho.
+        Retorna:
+            int: número de bytes aceitos.
+        Levanta:
+            waitress.channel.ClientDisconnected: se o cliente saiu.
+        """
+        descriptor = self._fileno
+        size = super().write_soon(data)
+        if self.total_outbufs_len or self.will_close:
+            self.poller.touched.append(descriptor)
+            self.server.pull_trigger()
+        return size
+
+    def send(self, data, do_close=True):
+        """Escreve no socket.
+
+        Argumentos:
+            data (bytes): bytes a enviar.
+            do_close (bool): verdadeiro se um erro deve fechar a conexão já.
+        Retorna:
+            int: número de bytes enviados.
+        """
+        sent = super().send(data, do_close)
+        if sent:
+            self.moved_at = time.monotonic()
+        return sent
+
+    def received(self, data):
+        """Recebe bytes do cliente.
+
+        Argumentos:
+            data (bytes): bytes recebidos.
+        Retorna:
+            bool: falso se foram ignorados.
+        """
+        self.moved_at = time.monotonic()
+        if self.request is None and not self.requests:
+            self.began_at = self.began_at or self.moved_at
+        accepted = super().received(data)
+        if self.request is None:
+            self.began_at = None
+        return accepted
+
+    def expire(self, now):
+        """Encerra a conexão se um prazo venceu.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        """
+        silence = now - self.moved_at
+        if self.began_at is not None and now - self.began_at > REQUEST_TIMEOUT / 1000 and not self.requests:
+            self.began_at = None
+            self.refuse()
+        elif silence > client_timeout and (self.total_outbufs_len or not self.requests):
+            self.will_close = True
+            self.poller.touched.append(self._fileno)
+
+    def refuse(self):
+        """Responde que a requisição não chegou a tempo."""
+        with self.requests_lock:
+            self.request, late = None, self.parser_class(self.adj)
+            late.error = request_timeout("")
+            self.requests.append(late)
+            self.server.add_task(self)
+
+
+class waitress_poller:
+    """Laço do waitress com epoll, cujo custo segue o que acontece.
+
+    O do waitress pergunta a todas as conexões, a cada volta, o que elas esperam:
+    com milhares de streams, aceitar um cliente custaria milissegundos.
+    """
+
+    def __init__(self):
+        """Começa sem conexões."""
+        self.epoll = select.epoll()
+        self.known = {}
+        # Descritores cuja espera pode ter mudado por obra de outra thread.
+        self.touched = collections.deque()
+
+    def loop(self, timeout, map, use_poll):
+        """Atende as conexões até não restar nenhuma.
+
+        Argumentos:
+            timeout (float): espera máxima de uma volta, em segundos.
+            map (dict): descritor -> conexão, mantido pelo waitress.
+            use_poll (bool): sem uso.
+        """
+        fixed = list(map)
+        changed, sweep_at = set(fixed), 0.0
+        while map:
+            for descriptor in changed:
+                self.update(descriptor, map.get(descriptor))
+            changed = set(fixed)
+            for descriptor, flags in self.epoll.poll(timeout):
+                if descriptor in map:
+                    waitress.wasyncore.readwrite(map[descriptor], flags)
+                    changed.add(descriptor)
+            now = time.monotonic()
+            if now >= sweep_at:
+                sweep_at = now + sweep_interval
+                for channel in [each for each in map.values() if isinstance(each, waitress_channel)]:
+                    channel.expire(now)
+            while self.touched:
+                changed.add(self.touched.popleft())
+
+    def update(self, descriptor, channel):
+        """Diz ao epoll o que uma conexão espera agora.
+
+        Argumentos:
+            descriptor (int): descritor da conexão.
+            channel (waitress.wasyncore.dispatcher): conexão; None se já fechou.
+        """
+        if channel is None:
+            self.known.pop(descriptor, None)
+            return
+        flags = select.EPOLLIN | select.EPOLLPRI if channel.readable() else 0
+        if channel.writable() and not channel.accepting:
+            flags |= select.EPOLLOUT
+        known = self.known.get(descriptor)
+        if known == (channel, flags):
+            return
+        self.known[descriptor] = (channel, flags)
+        # O número do descritor pode ser de uma conexão nova: fechar um socket o
+        # tira do epoll.
+        if known is not None and known[0] is channel:
+            self.epoll.modify(descriptor, flags)
+        else:
+            self.epoll.register(descriptor, flags)
 
 
 class waitress_dispatcher(waitress.task.ThreadedTaskDispatcher):
@@ -3248,13 +3699,15 @@ def serve_waitress(listener):
         # Além do limite as conexões esperam na fila do sistema; sem ele, a falta
         # de descritores faria o laço do waitress girar à toa.
         connection_limit=min(MAX_STREAMS + spare_connections, raise_descriptor_limit() - spare_descriptors), asyncore_use_poll=True,
-        channel_request_lookahead=1, channel_timeout=client_timeout,
+        channel_request_lookahead=1, outbuf_high_watermark=high_watermark,
         # O limite é conferido por waitress_parser: este contaria também as
         # marcas dos chunks.
         max_request_body_size=sys.maxsize, clear_untrusted_proxy_headers=False,
         log_socket_errors=False,
     )
     server.channel_class = waitress_channel
+    server.asyncore = waitress_poller()
+    server.maintenance = lambda now: None
     server.task_dispatcher.set_thread_count(0)
     server.task_dispatcher = waitress_dispatcher()
     server.task_dispatcher.set_thread_count(spare_threads)
@@ -3488,6 +3941,9 @@ def leave(status):
     Argumentos:
         status (int): status de saída.
     """
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, log_queue):
+            handler.drain()
     sys.stdout.flush()
     os._exit(status)
 

@@ -230,7 +230,7 @@ class relay(threading.Thread):
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(self.bell, selectors.EVENT_READ)
         self.needle, self.left, self.ran, self.cuts = b"", 0, True, 0
-        self.dropped = None
+        self.dropped = ()
         self.doomed = set()
         self.start()
 
@@ -255,7 +255,7 @@ class relay(threading.Thread):
         Argumentos:
             needle: bytes procurados na resposta.
         """
-        self.dropped = needle
+        self.dropped += (needle,)
 
     def run(self):
         """Repassa até close."""
@@ -299,7 +299,7 @@ class relay(threading.Thread):
             data = data if self.ran else b""
         elif not is_request and sock in self.doomed:
             data = b""
-        elif not is_request and self.dropped is not None and self.dropped in data:
+        elif not is_request and any(needle in data for needle in self.dropped):
             return
         with contextlib.suppress(OSError):
             other.sendall(data)
