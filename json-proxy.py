@@ -39,10 +39,11 @@ import base64
 import collections
 import contextlib
 import difflib
-import email.errors
 import errno
 import gc
 import heapq
+import http
+import http.client
 import io
 import itertools
 import json
@@ -2920,9 +2921,6 @@ def streaming():
         flask.Response: o streaming ou um erro com status próprio e corpo JSON.
     """
     request = flask.request
-    if request.method not in stream_methods:
-        return error_response(405, "method_not_allowed", f"método não atendido; use {allow_header}",
-                              [("Allow", allow_header)])
     body = read_body(request)
     if not redis_ping():
         return error_response(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
@@ -2975,6 +2973,7 @@ def add_headers(response):
 
 error_codes = {
     400: ("bad_request", "a requisição não é válida"),
+    405: ("method_not_allowed", f"método não atendido; use {allow_header}"),
     408: ("request_timeout", "a requisição não chegou inteira a tempo"),
     413: ("body_too_large", "o corpo da requisição passa do limite permitido"),
     414: ("uri_too_long", "o endereço pedido é longo demais"),
@@ -3002,17 +3001,24 @@ def handle_exception(error):
     return error_response(status, *error_codes[status])
 
 
-def host_error(status, origin):
+origin_line = re.compile(rb"^origin:[ \t]*([!-~]+)[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
+
+
+def host_error(status, head):
     """Monta o erro de uma requisição que nem chega à aplicação.
 
     Argumentos:
         status (int): status HTTP.
-        origin (str): cabeçalho Origin, ou None.
+        head (bytes): o que se leu da linha de requisição e dos cabeçalhos.
     Retorna:
         tuple: (corpo em bytes, lista de pares de cabeçalhos, sem Content-Length).
     """
     code, message = error_codes.get(status, error_codes[400 if status < 500 else 500])
+    found = origin_line.search(head)
+    origin = found[1].decode("ascii") if found else None
     headers = [("Content-Type", "application/json"), ("X-Author", author), *cors_headers(origin)]
+    if status == 405:
+        headers.append(("Allow", allow_header))
     return error_line(code, message), headers
 
 
@@ -3033,6 +3039,87 @@ high_watermark = 1048576
 # Tempo, em segundos, que uma thread do servidor do Flask espera por outro cliente.
 thread_patience = 2
 last_chunk = b"0\r\n\r\n"
+# Limites da requisição, os mesmos nos dois: bytes da primeira linha, bytes e número
+# dos cabeçalhos.
+line_limit = 65536
+headers_limit = 65536
+header_count = 100
+
+token = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+request_line = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.[0-9]" % token)
+header_line = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*)" % token)
+target_form = re.compile(rb"/.*|(?i:https?)://(?:\[[0-9A-Fa-f:.]+\]|[^\[\]/?#]+)(?::[0-9]*)?(?:[/?#].*)?")
+bare_break = re.compile(rb"(?<!\r)\n")
+host_form = re.compile(rb"[^\s/?#@\\]*")
+
+
+def head_error(head):
+    """Confere a primeira linha e os cabeçalhos de uma requisição.
+
+    Os dois servidores têm cada um a sua tolerância; o que um aceita e o outro recusa,
+    ou o que um terceiro no caminho leria de outro modo, é recusado aqui (RFC 9112).
+
+    Argumentos:
+        head (bytes): do começo da requisição à linha em branco, exclusive; cada linha
+            terminada em CRLF.
+    Retorna:
+        int: status HTTP da recusa; 0 se tudo está certo.
+    """
+    first, *rows = head.removesuffix(b"\r\n").split(b"\r\n")
+    status = line_error(first)
+    if status:
+        return status
+    if len(rows) > header_count or len(head) - len(first) > headers_limit:
+        return 431
+    fields = {}
+    for row in rows:
+        field = header_line.fullmatch(row)
+        if not field:
+            return 400
+        fields.setdefault(field[1].lower(), []).append(field[2].rstrip(b" \t"))
+    return body_error(fields, not first.endswith(b"1.0"))
+
+
+def line_error(line):
+    """Confere a linha de requisição.
+
+    Argumentos:
+        line (bytes): a linha, sem o fim dela.
+    Retorna:
+        int: status HTTP da recusa; 0 se está certa.
+    """
+    if len(line) > line_limit:
+        return 414
+    parts = request_line.fullmatch(line)
+    if not parts:
+        return 400
+    method, target, major = parts.groups()
+    if major != b"1":
+        return 505
+    if method.decode() not in (*stream_methods, "HEAD", "OPTIONS"):
+        return 405
+    return 0 if target_form.fullmatch(target) or (method, target) == (b"OPTIONS", b"*") else 400
+
+
+def body_error(fields, is_current):
+    """Confere os cabeçalhos que dizem de quem e de que tamanho é a requisição.
+
+    Argumentos:
+        fields (dict): nome em minúsculas -> lista de valores, em bytes.
+        is_current (bool): verdadeiro a partir de HTTP/1.1.
+    Retorna:
+        int: status HTTP da recusa; 0 se tudo está certo.
+    """
+    hosts, lengths = fields.get(b"host", []), fields.get(b"content-length", [])
+    codings = b",".join(fields.get(b"transfer-encoding", [])).strip(b" \t").lower()
+    if codings not in (b"", b"chunked"):
+        return 501
+    if len(hosts) > 1 or (is_current and not hosts) or not all(map(host_form.fullmatch, hosts)):
+        return 400
+    # Um tamanho ambíguo deixaria outro servidor ver outro fim para o corpo (6.3).
+    if len(lengths) > 1 or (codings and (lengths or not is_current)):
+        return 400
+    return 0 if all(re.fullmatch(rb"[0-9]{1,18}", length) for length in lengths) else 400
 
 
 class response_writer(io.BufferedIOBase):
@@ -3131,7 +3218,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
 
     def setup(self):
         """Prepara a conexão."""
-        self.is_late = False
+        self.is_late, self.head = False, b""
         self.live.add(self)
         super().setup()
         self.receiving[self] = time.monotonic() + REQUEST_TIMEOUT / 1000
@@ -3182,33 +3269,47 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         return environ
 
     def parse_request(self):
-        """Lê a linha de requisição e os cabeçalhos e confere o tamanho do corpo.
-
-        Um tamanho ambíguo é recusado: outro servidor no caminho poderia entender
-        outro fim para o corpo (RFC 9112, 6.3).
+        """Lê a linha de requisição e os cabeçalhos, e os confere.
 
         Retorna:
             bool: falso se a requisição já foi respondida com um erro.
         """
-        if not super().parse_request():
-            return False
+        if self.raw_requestline == b"\r\n":
+            # Sobra de quem envia um CRLF depois do corpo (RFC 9112, 2.2).
+            self.raw_requestline = self.rfile.readline(line_limit + 1)
+        rows = self.read_headers()
+        head = self.head = self.raw_requestline + b"".join(rows[:-1])
         if self.is_late:
-            self.send_error(408)
+            status = 408
+        elif not rows or rows[-1] != b"\r\n":
+            # Ou o cliente parou no meio, ou passou do limite.
+            is_large = sum(map(len, rows)) > headers_limit or len(rows) > header_count
+            status = line_error(self.raw_requestline.removesuffix(b"\r\n")) or (431 if is_large else 400)
+        else:
+            status = 400 if bare_break.search(head) else head_error(head)
+        if status:
+            self.send_error(status)
             return False
-        if any(isinstance(defect, email.errors.MissingHeaderBodySeparatorDefect) for defect in self.headers.defects):
-            # O http.server pararia de ler os cabeçalhos na linha inválida.
-            self.send_error(400)
-            return False
-        lengths = set(self.headers.get_all("Content-Length", ()))
-        codings = ",".join(self.headers.get_all("Transfer-Encoding", ())).strip().lower()
-        if codings and codings != "chunked":
-            self.send_error(501)
-            return False
-        ambiguous = len(lengths) > 1 or (codings and (lengths or self.request_version != "HTTP/1.1"))
-        if ambiguous or not all(re.fullmatch("[0-9]{1,18}", length) for length in lengths):
-            self.send_error(400)
-            return False
-        return True
+        body, self.rfile = self.rfile, io.BytesIO(b"".join(rows))
+        try:
+            return super().parse_request()
+        finally:
+            self.rfile = body
+
+    def read_headers(self):
+        """Lê os cabeçalhos até a linha em branco, o fim da conexão ou o limite.
+
+        Retorna:
+            list[bytes]: linhas, com seus fins; a última é a linha em branco se os
+            cabeçalhos chegaram inteiros.
+        """
+        rows, size = [], 0
+        while size <= headers_limit and len(rows) <= header_count:
+            rows.append(self.rfile.readline(headers_limit + 1))
+            size += len(rows[-1])
+            if rows[-1] in (b"\r\n", b"\n", b""):
+                break
+        return rows
 
     def handle_expect_100(self):
         """Deixa o "100 Continue" para o werkzeug, que também o enviaria.
@@ -3238,8 +3339,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
             message (str): sem uso.
             explain (str): sem uso.
         """
-        headers = getattr(self, "headers", None)
-        body, fields = host_error(int(code), headers.get("Origin") if headers else None)
+        body, fields = host_error(int(code), self.head)
         self.close_connection = True
         # Uma linha de requisição sem versão faria o http.server omitir tudo.
         self.request_version = "HTTP/1.0"
@@ -3417,6 +3517,8 @@ def serve_flask(listener):
     # ela, a porta já está aberta quando o systemd é avisado, uma porta ocupada é
     # dita com a nossa frase, e o aviso de "servidor de desenvolvimento" não sai.
     raise_descriptor_limit()
+    # O http.client conta também a linha em branco.
+    vars(http.client).update(_MAXHEADERS=header_count + 1)
     vars(werkzeug.serving).update(ThreadedWSGIServer=flask_server)
     os.environ |= {"WERKZEUG_RUN_MAIN": "true", "WERKZEUG_SERVER_FD": str(listener.fileno())}
     app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, use_reloader=False,
@@ -3431,7 +3533,7 @@ class waitress_error(waitress.task.ErrorTask):
     def execute(self):
         """Escreve a resposta de erro."""
         status = self.request.error.code
-        body, headers = host_error(status, self.request.headers.get("ORIGIN"))
+        body, headers = host_error(status, self.request.head)
         self.status = f"{status} {self.request.error.reason}"
         self.response_headers.extend([*headers, ("Connection", "close")])
         self.close_on_finish = True
@@ -3439,8 +3541,24 @@ class waitress_error(waitress.task.ErrorTask):
         self.write(body)
 
 
+class request_refused(waitress.utilities.Error):
+    """Requisição recusada antes de chegar à aplicação."""
+
+    def __init__(self, status):
+        """Dá o status ao waitress.
+
+        Argumentos:
+            status (int): status HTTP.
+        """
+        super().__init__("")
+        self.code, self.reason = status, http.HTTPStatus(status).phrase
+
+
 class waitress_parser(waitress.parser.HTTPRequestParser):
-    """Requisição do waitress com o alvo como veio e com o limite de MAX_BODY."""
+    """Requisição do waitress com o alvo como veio e com os nossos limites."""
+
+    refusal = 0
+    head = b""
 
     def parse_header(self, header_plus):
         """Lê a linha de requisição e os cabeçalhos.
@@ -3450,14 +3568,16 @@ class waitress_parser(waitress.parser.HTTPRequestParser):
         Levanta:
             waitress.parser.ParsingError: se não forem válidos.
         """
+        self.head = header_plus.removesuffix(b"\r\n")
+        self.refusal = head_error(self.head)
+        if self.refusal:
+            raise waitress.parser.ParsingError("")
         line, separator, rest = header_plus.partition(b"\r\n")
         # O waitress recusa UTF-8 sem escapes no alvo; o alvo original é reposto.
         super().parse_header(re.sub(rb"[\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], line) + separator + rest)
         words = line.split(b" ")
         if len(words) > 1:
             self.request_uri = words[1].decode("latin-1")
-        if self.chunked and "CONTENT_LENGTH" in self.headers:
-            raise waitress.parser.ParsingError("Content-Length com Transfer-Encoding")
 
     def received(self, data):
         """Recebe um trecho da requisição.
@@ -3468,21 +3588,33 @@ class waitress_parser(waitress.parser.HTTPRequestParser):
             int: número de bytes consumidos.
         """
         consumed = super().received(data)
+        if not self.headers_finished and not self.completed:
+            self.refusal = self.unfinished_error(len(data))
+            self.completed = self.refusal > 0
         size = len(self.body_rcv) if self.chunked and self.body_rcv is not None else self.content_length
         if self.error is None and size > MAX_BODY:
-            self.error = waitress.utilities.RequestEntityTooLarge("")
-            self.completed = True
+            self.refusal, self.completed = 413, True
+        if self.refusal:
+            self.error = request_refused(self.refusal)
         if self.error is not None:
             # Pedir o corpo de uma requisição recusada adiaria o erro.
             self.expect_continue = False
         return consumed
 
+    def unfinished_error(self, size):
+        """Confere cabeçalhos que ainda não chegaram inteiros.
 
-class request_timeout(waitress.utilities.Error):
-    """Requisição que não chegou inteira a tempo."""
+        O waitress esperaria para sempre por um CRLF duplo.
 
-    code = 408
-    reason = "Request Timeout"
+        Argumentos:
+            size (int): bytes do último trecho.
+        Retorna:
+            int: status HTTP da recusa; 0 se tudo está certo até aqui.
+        """
+        if bare_break.search(self.header_plus, max(0, len(self.header_plus) - size)):
+            return 400
+        is_long = len(self.header_plus) > line_limit and self.header_plus.find(b"\r\n", 0, line_limit + 2) < 0
+        return 414 if is_long else 0
 
 
 class waitress_channel(waitress.channel.HTTPChannel):
@@ -3589,7 +3721,7 @@ class waitress_channel(waitress.channel.HTTPChannel):
         """Responde que a requisição não chegou a tempo."""
         with self.requests_lock:
             self.request, late = None, self.parser_class(self.adj)
-            late.error = request_timeout("")
+            late.error = request_refused(408)
             self.requests.append(late)
             self.server.add_task(self)
 
@@ -3702,7 +3834,7 @@ def serve_waitress(listener):
         channel_request_lookahead=1, outbuf_high_watermark=high_watermark,
         # O limite é conferido por waitress_parser: este contaria também as
         # marcas dos chunks.
-        max_request_body_size=sys.maxsize, clear_untrusted_proxy_headers=False,
+        max_request_header_size=line_limit + 2 * headers_limit, max_request_body_size=sys.maxsize, clear_untrusted_proxy_headers=False,
         log_socket_errors=False,
     )
     server.channel_class = waitress_channel
