@@ -22,6 +22,7 @@ Contrato com o cliente
     /ping responde 200 "pong" ou 500. Qualquer outro caminho é o streaming: um
     elemento da lista é uma linha, na ordem em que foi empurrado. Erros antes do
     streaming têm um status HTTP e corpo JSON; depois dele, são a última linha.
+    Com AUTH_TOKEN, tudo menos /ping e OPTIONS pede Authorization: Bearer.
 
 Linhas
     CR e LF viram espaço; U+0085, U+2028 e U+2029 viram escapes \\u; UTF-8
@@ -42,6 +43,7 @@ import difflib
 import errno
 import gc
 import heapq
+import hmac
 import http
 import http.client
 import io
@@ -250,6 +252,54 @@ def parse_json_line(text):
     return normalize_line(text.strip().encode("utf-8", "replace"))
 
 
+def split_list(text):
+    """Separa os itens de uma lista.
+
+    Argumentos:
+        text (str): itens separados por vírgula ou espaço.
+    Retorna:
+        list[str]: os itens, na ordem; vazia se não há nenhum.
+    """
+    return [item for item in re.split(r"[,\s]+", text) if item]
+
+
+def parse_tokens(text):
+    """Lê os tokens que autorizam uma requisição.
+
+    Argumentos:
+        text (str): vazio, ou tokens separados por vírgula ou espaço.
+    Retorna:
+        tuple[bytes]: os tokens; vazia se a autorização está desligada.
+    Levanta:
+        ValueError: se algum não for ASCII visível, ou se só houver separadores, que
+            desligariam sem aviso o que o operador quis ligar.
+    """
+    tokens = split_list(text)
+    if (text and not tokens) or not all(re.fullmatch(r"[\x21-\x7e]+", token) for token in tokens):
+        raise ValueError(text)
+    return tuple(token.encode() for token in tokens)
+
+
+def parse_header_names(text):
+    """Lê a lista de cabeçalhos que não vão para o Redis.
+
+    Argumentos:
+        text (str): vazio, none (ou nenhum), ou nomes separados por vírgula ou espaço.
+    Retorna:
+        frozenset[str]: os nomes em minúsculas.
+    Levanta:
+        ValueError: se algum não for um nome de cabeçalho.
+    """
+    # O WSGI não distingue "_" de "-", e quem escreve um costuma querer o outro.
+    names = [name.lower().replace("_", "-") for name in split_list(text)]
+    if names in (["none"], ["nenhum"]):
+        return frozenset()
+    # RFC 9110, 5.6.2.
+    if {"none", "nenhum"} & set(names) or not all(re.fullmatch(r"[a-z0-9!#$%&'*+.^`|~-]+", name) for name in names):
+        raise ValueError(text)
+    return frozenset(names)
+
+
 def parse_origins(text):
     """Lê a lista de origens de CORS.
 
@@ -260,7 +310,7 @@ def parse_origins(text):
     Levanta:
         ValueError: se alguma não tiver a forma esquema://host[:porta].
     """
-    origins = [origin.rstrip("/").lower() for origin in re.split(r"[,\s]+", text) if origin]
+    origins = [origin.rstrip("/").lower() for origin in split_list(text)]
     for origin in origins:
         if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
             raise ValueError(text)
@@ -342,6 +392,8 @@ name_kind = pattern(r"[^\s\x00-\x1f\x7f]+", "um texto sem espaços, de um caract
 header_kind = pattern(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", "um texto ASCII imprimível, de uma só linha")
 line_kind = kind(parse_json_line, "um texto que não seja vazio")
 switch_kind = kind(parse_switch, "on ou off")
+tokens_kind = kind(parse_tokens, "vazio, ou um ou mais tokens em ASCII visível, separados por vírgula ou espaço")
+names_kind = kind(parse_header_names, "vazio, none ou nomes de cabeçalhos separados por vírgula ou espaço")
 origins_kind = kind(parse_origins, "vazio, * ou uma lista de origens como https://exemplo.com.br")
 redis_kind = kind(
     parse_redis_address,
@@ -359,6 +411,10 @@ settings = [
             "servidor HTTP que hospeda a aplicação"),
     setting("SERVERNAME", ("-s", "--servername"), header_kind, program, "HTTP", "",
             "nome do servidor, enviado no cabeçalho Server"),
+    setting("AUTH_TOKEN", ("--auth-token",), tokens_kind, "", "HTTP", "",
+            "token exigido em Authorization: Bearer, ou vários; vazio não exige", True),
+    setting("HEADERS_EXCLUDE", ("--headers-exclude",), names_kind, "", "HTTP", "",
+            "cabeçalhos que não vão para o Redis; vazio é authorization,cookie se houver AUTH_TOKEN"),
     setting("CORS_ORIGIN", ("--cors-origin",), origins_kind, "", "HTTP", "",
             "origens de navegador autorizadas por CORS; vazio desliga"),
     setting("REDIS_SERVER", ("-R", "--redis"), redis_kind, "127.0.0.1:6379/1", "Redis", "",
@@ -409,6 +465,8 @@ HTTP_PORT: int = ...
 HTTP_HOST: str = ...
 HTTP_SERVER: str = ...
 SERVERNAME: str = ...
+AUTH_TOKEN: tuple = ...
+HEADERS_EXCLUDE: frozenset = ...
 CORS_ORIGIN: frozenset = ...
 REDIS_SERVER: redis_address = ...
 REDIS_PASSWORD: str = ...
@@ -583,6 +641,30 @@ def parse_setting(row, given):
         ) from None
 
 
+def secret_arguments(arguments):
+    """Acha os segredos dados na linha de comando.
+
+    Argumentos:
+        arguments (dict): nome da configuração -> texto, como em read_arguments.
+    Retorna:
+        list[setting]: linhas da tabela; a de REDIS_SERVER se a URL traz uma senha.
+    """
+    given = [row for row in settings if arguments.get(row.name)]
+    return [row for row in given if row.secret or (row.name == "REDIS_SERVER" and has_password(arguments[row.name]))]
+
+
+def has_password(address):
+    """Diz se um endereço do Redis traz uma senha.
+
+    Argumentos:
+        address (str): valor de REDIS_SERVER, já conferido.
+    Retorna:
+        bool: verdadeiro se é uma URL com senha antes do @ ou entre as opções.
+    """
+    url = urllib.parse.urlsplit(address)
+    return "://" in address and bool(url.password or "password" in urllib.parse.parse_qs(url.query))
+
+
 def load_settings(argv, environ):
     """Resolve todas as configurações e preenche as variáveis globais.
 
@@ -615,9 +697,16 @@ def load_settings(argv, environ):
             warnings.append(f"ENV_FILE, dentro do arquivo {path}, não tem efeito")
         given |= {row.name: layered(values[row.name], f"arquivo {path}") for row in settings if row.name in values}
     given |= upper
+    if given["AUTH_TOKEN"].text and not given["HEADERS_EXCLUDE"].text.strip():
+        # O token, guardado no Redis, daria a quem o lê o direito de criar tarefas.
+        given["HEADERS_EXCLUDE"] = layered("authorization,cookie", "padrão com AUTH_TOKEN")
     for row in settings:
         globals()[row.name] = parse_setting(row, given[row.name])
     check_combinations(given)
+    warnings += [
+        f"{row.name}: o argumento {row.flags[-1]} deixa o segredo à vista na lista de processos; "
+        f"o lugar dele é o arquivo {last}" for row in secret_arguments(arguments)
+    ]
     return actions, given, warnings
 
 
@@ -737,6 +826,31 @@ class log_writer(logging.handlers.QueueListener):
                 program, logging.WARNING, "", 0, "%d linhas de log se perderam: a saída de erros não as aceitava",
                 (lost,), None,
             )))
+
+
+class rare_warning:
+    """Aviso sobre algo que um cliente pode repetir à vontade: sai uma vez por minuto."""
+
+    def __init__(self):
+        """Começa sem nada a avisar."""
+        self.lock = threading.Lock()
+        self.count = 0
+        self.next_at = 0.0
+
+    def tell(self, message, *args):
+        """Conta uma ocorrência e, se for hora, escreve o aviso.
+
+        Argumentos:
+            message (str): formato; o último %d é o número de ocorrências.
+            args (object): argumentos do formato, menos o último.
+        """
+        with self.lock:
+            self.count += 1
+            now = time.monotonic()
+            if now < self.next_at:
+                return
+            count, self.count, self.next_at = self.count, 0, now + 60
+        log.warning(message, *args, count)
 
 
 def stderr_is_journal():
@@ -1269,7 +1383,9 @@ def build_task(name, request, body):
     task = {
         "task_name": name,
         "request_time": time.time(),
-        "headers": {key: decode_header(value) for key, value in request.headers.items()},
+        "headers": {
+            key: decode_header(value) for key, value in request.headers.items() if key.lower() not in HEADERS_EXCLUDE
+        },
         "body": "",
         "task_key": REDIS_PREFIX + name,
         "task_list": REDIS_LIST_PREFIX + name,
@@ -2807,6 +2923,40 @@ def options_response(request):
     return response
 
 
+refusals = rare_warning()
+
+
+def is_authorized(environ):
+    """Confere o token de uma requisição.
+
+    Argumentos:
+        environ (dict): ambiente WSGI.
+    Retorna:
+        bool: verdadeiro se o token é um dos de AUTH_TOKEN, ou se nenhum é exigido.
+    """
+    if not AUTH_TOKEN:
+        return True
+    scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").strip().partition(" ")
+    given = token.strip().encode("latin-1", "replace")
+    # Todos são comparados, e por inteiro: o tempo da resposta não diz quanto se acertou.
+    found = sum(hmac.compare_digest(given, allowed) for allowed in AUTH_TOKEN)
+    return scheme.lower() == "bearer" and found > 0
+
+
+def refuse_unauthorized(request):
+    """Responde a uma requisição sem um token válido, cujo corpo nem é lido.
+
+    Argumentos:
+        request (flask.Request): requisição.
+    Retorna:
+        flask.Response: erro 401.
+    """
+    refusals.tell("requisição sem um AUTH_TOKEN válido recusada: cliente=%s (desde o último aviso: %d)",
+                  request.environ.get("REMOTE_ADDR", "-"))
+    return error_response(401, "unauthorized", "falta um token válido no cabeçalho Authorization: Bearer",
+                          [("WWW-Authenticate", "Bearer")])
+
+
 def ping_response():
     """Responde a /ping.
 
@@ -2951,6 +3101,8 @@ def dispatch():
         return options_response(request)
     if request_target(request.environ)[0] == "/ping":
         return ping_response()
+    if not is_authorized(request.environ):
+        return refuse_unauthorized(request)
     if request.method == "HEAD":
         return head_response(request)
     return streaming()
@@ -3923,6 +4075,56 @@ def shown_value(row, given):
     return given.text
 
 
+def secret_places(words, flags):
+    """Acha os segredos entre as palavras da linha de comando.
+
+    Argumentos:
+        words (list[bytes]): palavras.
+        flags (list[bytes]): argumentos cujo valor é um segredo.
+    Retorna:
+        list: pares (posição da palavra, início do segredo dentro dela).
+    """
+    # O valor vem na palavra seguinte, ou na mesma: -Svalor, --secret=valor.
+    prefixes = [flag + b"=" if flag.startswith(b"--") else flag for flag in flags]
+    places, is_value = [], False
+    for position, word in enumerate(words):
+        prefix = next((prefix for prefix in prefixes if word.startswith(prefix)), None)
+        if is_value:
+            places.append((position, 0))
+        elif prefix:
+            places.append((position, len(prefix)))
+        is_value = not is_value and word in flags
+    return places
+
+
+def blank_arguments(rows, count):
+    """Cobre com asteriscos os segredos que a lista de processos mostra.
+
+    É o que se pode fazer depois de iniciado, e onde o sistema não deixa nada muda: o
+    lugar de um segredo é o arquivo.
+
+    Argumentos:
+        rows (list[setting]): configurações secretas dadas na linha de comando.
+        count (int): número de argumentos, sem o nome do programa.
+    """
+    flags = [flag.encode() for row in rows for flag in row.flags]
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            # Campos 48 e 49, depois do nome do processo, que pode ter espaços.
+            start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
+        # Um endereço errado aqui é um erro de leitura; com um ponteiro, seria o fim.
+        with open("/proc/self/mem", "r+b", buffering=0) as memory:
+            memory.seek(start)
+            words = memory.read(end - start).removesuffix(b"\0").split(b"\0")
+            first = len(words) - count
+            for position, begin in secret_places(words[first:], flags):
+                before = sum(len(word) + 1 for word in words[:first + position])
+                memory.seek(start + before + begin)
+                memory.write(b"*" * (len(words[first + position]) - begin))
+    except (OSError, ValueError) as error:
+        log.debug("os segredos continuam à vista na lista de processos: %s", error)
+
+
 def check(given):
     """Mostra as configurações e testa o Redis (--check).
 
@@ -4061,6 +4263,9 @@ def main(argv):
     configure_logging(LOG_LEVEL)
     for warning in warnings:
         log.warning("%s", warning)
+    secrets = secret_arguments({name: text for name, (text, layer) in given.items() if layer.startswith("argumento ")})
+    if secrets:
+        blank_arguments(secrets, len(argv))
     return check(given) if "check" in actions else serve()
 
 

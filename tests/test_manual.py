@@ -502,7 +502,7 @@ def test_completion_of_flags():
     assert complete("-") == [*flags, *actions]
     assert complete("--max") == [flag for flag in flags if flag.startswith("--max")]
     assert complete("--check", "--che") == ["--check"]
-    assert complete("--server", "flask", "--he") == ["--heartbeat", "--heartbeat-line", "--help"]
+    assert complete("--server", "flask", "--hea") == ["--headers-exclude", "--heartbeat", "--heartbeat-line"]
     assert complete("-p", "8771", "--vers") == ["--version"]
     assert complete("--server", "=", "flask", "--vers") == ["--version"]
     assert complete("--nada") == []

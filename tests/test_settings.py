@@ -38,6 +38,8 @@ contract = {
     "ONE_CORE": ("--one-core", "on"),
     "HEARTBEAT": ("--heartbeat", "0"),
     "HEARTBEAT_LINE": ("--heartbeat-line", '{"type": "ping"}'),
+    "AUTH_TOKEN": ("--auth-token", ""),
+    "HEADERS_EXCLUDE": ("--headers-exclude", ""),
     "CORS_ORIGIN": ("--cors-origin", ""),
     "DRAIN": ("--drain", "5000"),
     "LOG_LEVEL": ("--log-level", "info"),
@@ -68,6 +70,8 @@ samples = {
     "ONE_CORE": ("off", "on", "off"),
     "HEARTBEAT": ("1001", "1002", "1003"),
     "HEARTBEAT_LINE": ('{"type": "a"}', '{"type": "b"}', '{"type": "c"}'),
+    "AUTH_TOKEN": ("um", "dois,tres", "$quatro#cinco"),
+    "HEADERS_EXCLUDE": ("cookie", "none", "x-a, x-b"),
     "CORS_ORIGIN": ("*", "https://b.test", "https://c.test,https://d.test:8443"),
     "DRAIN": ("101", "102", "103"),
     "LOG_LEVEL": ("debug", "warning", "error"),
@@ -97,6 +101,8 @@ wrong = {
     "ONE_CORE": "talvez",
     "HEARTBEAT": "1.5",
     "HEARTBEAT_LINE": "",
+    "AUTH_TOKEN": "não-ascii",
+    "HEADERS_EXCLUDE": "X-A: b",
     "CORS_ORIGIN": "exemplo",
     "DRAIN": "já",
     "LOG_LEVEL": "tudo",
@@ -418,7 +424,8 @@ def test_wrong_values(name, layer, tmp_path):
     sentence = one_sentence(harness.run_proxy(*flags, env=env), 2)
     row = by_name[name]
     assert re.search(rf"\b{name}\b", sentence)
-    assert repr(wrong[name]) in sentence
+    assert (wrong[name] in sentence) != row.secret
+    assert row.secret or repr(wrong[name]) in sentence
     assert row.allowed in sentence
     where = {
         "arquivo": [f"arquivo {env['ENV_FILE']}"],

@@ -1,0 +1,291 @@
+"""AUTH_TOKEN e HEADERS_EXCLUDE: quem entra, o que a recusa diz e o que nunca se vê, no Redis, no log ou no ps."""
+
+import contextlib
+import json
+import pathlib
+import re
+
+import pytest
+
+import harness
+import support
+
+token = "um-token.De_prova~1+2/3="
+other = "outro#token$de%prova"
+
+
+def refused(response, method="POST"):
+    """Confere uma recusa.
+
+    Argumentos:
+        response: a harness.response.
+        method: o método do pedido; a resposta a HEAD não tem corpo.
+    """
+    assert response.status == 401, response.head
+    assert response.header("WWW-Authenticate") == "Bearer"
+    assert response.header("X-Author") and response.header("Server") == "py-ndjson-proxy"
+    assert response.header("Content-Type") == "application/json"
+    assert response.header("X-Task-Name") is None
+    body = response.body()
+    assert token.encode() not in body and other.encode() not in body
+    if method != "HEAD":
+        content = json.loads(body)
+        assert (set(content), content["error"]) == ({"error", "message"}, "unauthorized")
+        assert content["message"]
+
+
+def bearer(value):
+    """Monta o cabeçalho de um token. Argumentos: value. Retorno: dicionário de um cabeçalho."""
+    return {"Authorization": f"Bearer {value}"}
+
+
+@pytest.fixture
+def guarded(start_redis, start_proxy, start_worker, host):
+    """Um proxy com dois tokens e um Redis só dele.
+
+    Retorno:
+        Tupla (proxy, servidor Redis, worker).
+    """
+    server = start_redis()
+    proxy = start_proxy(env={"AUTH_TOKEN": f"{token}, {other}"}, redis=server)
+    return proxy, server, start_worker(server.client())
+
+
+wrong_headers = {
+    "nenhum": {},
+    "vazio": {"Authorization": ""},
+    "só-esquema": {"Authorization": "Bearer"},
+    "só-token": {"Authorization": token},
+    "outro-token": bearer("x" * len(token)),
+    "começo": bearer(token[:-1]),
+    "mais": bearer(token + "x"),
+    "maiúsculas": bearer(token.upper()),
+    "lista-inteira": bearer(f"{token},{other}"),
+    "lista-com-espaço": bearer(f"{token} {other}"),
+    "basic": {"Authorization": f"Basic {token}"},
+    "entre-aspas": bearer(f'"{token}"'),
+    "não-ascii": {"Authorization": b"Bearer \xff\xfe"},
+    "utf-8": bearer("ação"),
+    "repetido": [("Authorization", "Bearer x"), ("Authorization", f"Bearer {token}")],
+    "outro-cabeçalho": {"X-Authorization": f"Bearer {token}"},
+    "cookie": {"Cookie": f"Authorization=Bearer {token}"},
+}
+
+
+def test_refusals(guarded, connect):
+    """Sem o token certo, no lugar certo, 401 em JSON e nada no Redis: nem tarefa, nem PING; e o log avisa uma vez só."""
+    proxy, server, worker = guarded
+    before = {name: server.calls(name) for name in ("set", "publish", "ping")}
+    tried = 0
+    for headers in wrong_headers.values():
+        for method in ("POST", "GET", "HEAD"):
+            refused(connect(proxy).request(method, "/x", headers).response(), method)
+            tried += 1
+    refused(connect(proxy).request("POST", f"/x?access_token={token}", body=f"access_token={token}").response())
+    refused(connect(proxy).request("TRACE", "/x").response())
+    refused(connect(proxy).request("POST", "/ping/").response())
+    assert tried == 3 * len(wrong_headers)
+    worker.idle()
+    after = {name: server.calls(name) for name in before}
+    # Uma das publicações é a de worker.idle; um PING pode ser o do coletor, quando nada acontece.
+    assert (after["set"], after["publish"]) == (before["set"], before["publish"] + 1), (before, after)
+    assert after["ping"] <= before["ping"] + 2, (before, after)
+    assert len(re.findall(r"(?m)^aviso: .*AUTH_TOKEN.*cliente=127\.0\.0\.1", proxy.log())) == 1, proxy.log()
+    assert proxy.tasks() == []
+
+
+@pytest.mark.parametrize("value", [f"Bearer {token}", f"bearer {other}", f"BEARER   {token}  "])
+def test_right_tokens(value, guarded, connect):
+    """Cada um dos tokens abre a porta, com o esquema em qualquer caixa; e o Redis não fica sabendo dele."""
+    proxy, _, worker = guarded
+    conn = connect(proxy).request("POST", "/x", {"Authorization": value, "Cookie": "a=1", "X-Meu": "b"}, "corpo")
+    task = worker.next()
+    assert {name.lower() for name in task.info["headers"]} == {"host", "x-meu", "content-length"}
+    assert token.encode() not in task.raw and other.encode() not in task.raw
+    assert task.info["body"] == "corpo"
+    task.finish("ok")
+    assert conn.response().lines() == [b"ok"]
+    head = connect(proxy).request("HEAD", "/x", {"Authorization": value}).response()
+    assert (head.status, head.header("Content-Type")) == (200, "application/x-ndjson")
+    for text in (proxy.log(), proxy.output()):
+        assert token not in text and other not in text
+
+
+def test_free_requests(guarded, connect):
+    """/ping e OPTIONS dispensam o token."""
+    proxy, _, worker = guarded
+    for method in ("GET", "POST", "HEAD"):
+        response = connect(proxy).request(method, "/ping").response()
+        assert (response.status, response.body()) == (200, b"" if method == "HEAD" else b"pong")
+    response = connect(proxy).request("OPTIONS", "/x").response()
+    assert (response.status, response.body()) == (204, b"")
+    worker.idle()
+
+
+def test_cors_of_a_refusal(start_proxy, host, connect, worker):
+    """A recusa leva os cabeçalhos de CORS, e a consulta prévia deixa o navegador mandar Authorization."""
+    proxy = start_proxy("--cors-origin", "https://a.test", env={"AUTH_TOKEN": token})
+    origin = {"Origin": "https://a.test"}
+    response = connect(proxy).request("POST", "/", origin).response()
+    refused(response)
+    assert response.header("Access-Control-Allow-Origin") == "https://a.test"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    response = connect(proxy).request("OPTIONS", "/", {**origin, **asked}).response()
+    assert response.status == 204
+    assert "authorization" in response.header("Access-Control-Allow-Headers")
+    worker.idle()
+
+
+@pytest.mark.parametrize("coding", ["length", "chunked"])
+def test_refusal_with_a_body(coding, guarded, connect):
+    """Quem manda 5 MB antes de ler também recebe o seu 401, e o corpo não vira tarefa."""
+    proxy, _, worker = guarded
+    conn = connect(proxy)
+    piece = b"x" * 50000
+    # O proxy pode responder e fechar antes do fim do corpo; a resposta ainda deve poder ser lida.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        if coding == "length":
+            conn.request("POST", "/", body=piece * 100)
+        else:
+            conn.request("POST", "/", [("Transfer-Encoding", "chunked")])
+            for _ in range(100):
+                conn.send(b"%X\r\n%s\r\n" % (len(piece), piece))
+            conn.send(b"0\r\n\r\n")
+    refused(conn.response())
+    worker.idle()
+
+
+sent = [
+    *(("Authorization", f"Bearer {token}"), ("Cookie", "a=1"), ("X-Api-Key", "k")),
+    *(("Proxy-Authorization", "p"), ("X-Outro", "o")),
+]
+every = {"host", *(name.lower() for name, _ in sent)}
+
+
+@pytest.mark.parametrize(
+    ("auth", "exclude", "hidden"),
+    [
+        ("", None, set()),
+        ("", "", set()),
+        ("", "Authorization", {"authorization"}),
+        (token, None, {"authorization", "cookie"}),
+        (token, "", {"authorization", "cookie"}),
+        (token, "none", set()),
+        (token, "Nenhum", set()),
+        (token, "X-API-KEY, cookie  proxy-authorization,", {"x-api-key", "cookie", "proxy-authorization"}),
+        ("", "x_api_key x-outr outro", {"x-api-key"}),
+    ],
+)
+def test_excluded_headers(auth, exclude, hidden, start_proxy, host, connect, worker):
+    """HEADERS_EXCLUDE: o que não vai para o Redis; com AUTH_TOKEN e sem lista, Authorization e Cookie."""
+    env = {"AUTH_TOKEN": auth} | ({} if exclude is None else {"HEADERS_EXCLUDE": exclude})
+    proxy = start_proxy(env=env)
+    conn = connect(proxy).request("GET", "/", sent)
+    task = worker.next()
+    assert {name.lower() for name in task.info["headers"]} == every - hidden
+    task.finish()
+    assert conn.response().lines() == []
+
+
+@pytest.mark.parametrize("value", [",", "  ", "tokén", "a\x01b"], ids=["vírgula", "espaços", "acento", "controle"])
+def test_wrong_tokens(value, tmp_path):
+    """Um AUTH_TOKEN sem token, ou que cliente algum poderia enviar, impede o início, e a frase não o mostra."""
+    (tmp_path / "prova.env").write_text("")
+    env = {"ENV_FILE": str(tmp_path / "prova.env"), "AUTH_TOKEN": value}
+    done = harness.run_proxy(env=env)
+    assert (done.status, done.out) == (2, "")
+    assert re.fullmatch(r"erro: AUTH_TOKEN: o valor dado \(ambiente\) não é válido; [^\n]*\n", done.err), done
+    assert value.strip(" ,") == "" or value not in done.err
+
+
+@pytest.mark.parametrize("value", ["a:b", "none,cookie", "acentuação"])
+def test_wrong_names(value, tmp_path):
+    """Um HEADERS_EXCLUDE que não são nomes de cabeçalhos impede o início."""
+    (tmp_path / "prova.env").write_text("")
+    done = harness.run_proxy("--headers-exclude", value, env={"ENV_FILE": str(tmp_path / "prova.env")})
+    assert done.status == 2
+    assert re.fullmatch(r"erro: HEADERS_EXCLUDE: [^\n]*\n", done.err), done
+    assert repr(value) in done.err
+
+
+def test_check_shows_what_is_in_force(tmp_path, redis_main):
+    """--check mostra a lista que vale, de onde ela vem, e asteriscos no lugar do token."""
+    for text, expected in (
+        ("", "HEADERS_EXCLUDE =   (padrão)"),
+        (f"AUTH_TOKEN={token}\n", "HEADERS_EXCLUDE = authorization,cookie  (padrão com AUTH_TOKEN)"),
+        (f"AUTH_TOKEN={token}\nHEADERS_EXCLUDE=none\n", f"HEADERS_EXCLUDE = none  (arquivo {tmp_path / 'prova.env'})"),
+    ):
+        (tmp_path / "prova.env").write_text(text)
+        done = harness.run_proxy(
+            "--check", env={"ENV_FILE": str(tmp_path / "prova.env"), "REDIS_SERVER": redis_main.address}
+        )
+        assert (done.status, done.err) == (0, "")
+        assert expected in done.out.splitlines()
+        assert token not in done.out
+        assert ("AUTH_TOKEN = ********" in done.out) == bool(text)
+
+
+def command_line(proxy):
+    """Lê a linha de comando de um proxy como o ps a mostra. Argumentos: proxy. Retorno: lista de bytes."""
+    return pathlib.Path(f"/proc/{proxy.pid}/cmdline").read_bytes().removesuffix(b"\0").split(b"\0")
+
+
+stars = "*" * len("senha ção".encode())
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["-S", "senha ção"], ["-S", stars]),
+        (["-Ssenha ção"], ["-S" + stars]),
+        (["-S=senha ção"], ["-S*" + stars]),
+        (["--secret", "senha ção"], ["--secret", stars]),
+        (["--secret=senha ção"], ["--secret=" + stars]),
+        (["-S", "perdida", "-S", "senha ção"], ["-S", "*" * 7, "-S", stars]),
+    ],
+    ids=["-S", "-Svalor", "-S=", "--secret", "--secret=", "repetido"],
+)
+def test_secret_leaves_the_process_list(given, shown, start_redis, start_proxy, host, connect):
+    """Um segredo da linha de comando vale, é trocado por asteriscos no ps, e um aviso diz onde é o lugar dele."""
+    server = start_redis(password="senha ção")
+    # O acessório daria a senha pelo ambiente.
+    server.password = ""
+    before, after = ["--pause", "0", "-E", "senha ção, a linha"], ["--auth-token", other, "--maxtime-error", "fim"]
+    try:
+        proxy = start_proxy(*before, *given, *after, redis=server)
+        assert connect(proxy).request("GET", "/ping").response().body() == b"pong"
+    finally:
+        server.password = "senha ção"
+    expected = [*before, *shown, "--auth-token", "*" * len(other), *after[2:]]
+    assert command_line(proxy)[-len(expected) :] == [word.encode() for word in expected]
+    warnings = [line for line in proxy.log().splitlines() if line.startswith("aviso: ")]
+    assert len(warnings) == 2, proxy.log()
+    for warning, (name, flag) in zip(
+        warnings, (("AUTH_TOKEN", "--auth-token"), ("REDIS_PASSWORD", "--secret")), strict=True
+    ):
+        assert name in warning and flag in warning and str(proxy.env["ENV_FILE"]) in warning
+    assert "senha ção" not in proxy.log() and other not in proxy.log()
+    refused(connect(proxy).request("POST", "/").response())
+
+
+def test_redis_url_leaves_the_process_list(start_redis, start_proxy, host, connect):
+    """Uma URL com senha em -R também é coberta; uma sem senha fica como está, sem aviso."""
+    server = start_redis("user proxy on >segredo ~* &* +@all")
+    address = f"redis://proxy:segredo@{server.address}"
+    proxy = start_proxy("-R", address, redis=server)
+    assert connect(proxy).request("GET", "/ping").response().body() == b"pong"
+    assert command_line(proxy)[-2:] == [b"-R", b"*" * len(address)]
+    assert len(re.findall(r"(?m)^aviso: REDIS_SERVER.*--redis", proxy.log())) == 1
+    assert "segredo" not in proxy.log().replace("deixa o segredo à vista", "")
+    plain = f"redis://{server.address}"
+    quiet = start_proxy("-R", plain, redis=server)
+    assert command_line(quiet)[-2:] == [b"-R", plain.encode()]
+    assert "aviso" not in quiet.log()
+
+
+def test_task_of_an_open_proxy_keeps_its_headers(shared_proxy, connect, worker):
+    """Sem AUTH_TOKEN nada muda: qualquer um entra, e os cabeçalhos vão inteiros."""
+    response, task = support.open_stream(connect, shared_proxy, worker, "GET", "/", bearer("qualquer"))
+    assert task.info["headers"]["Authorization"] == "Bearer qualquer"
+    task.finish()
+    assert response.lines() == []
