@@ -317,6 +317,29 @@ def parse_origins(text):
     return frozenset(origins)
 
 
+def parse_host(text):
+    """Lê HTTP_HOST.
+
+    Argumentos:
+        text (str): endereço IPv4 ou IPv6, este sem colchetes, ou nome de máquina.
+    Retorna:
+        str: o mesmo texto.
+    Levanta:
+        ValueError: se nem pudesse ser procurado no DNS.
+    """
+    if not re.fullmatch(name_expression, text):
+        raise ValueError(text)
+    try:
+        if ":" in text:
+            socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+        else:
+            # É como o Python o procuraria; um rótulo vazio ou longo demais seria uma exceção.
+            text.encode("idna")
+    except OSError as error:
+        raise ValueError(text) from error
+    return text
+
+
 class redis_address(typing.NamedTuple):
     """Endereço do Redis: a URL para o redis-py e a forma que pode ser mostrada."""
 
@@ -324,6 +347,9 @@ class redis_address(typing.NamedTuple):
     shown: str
 
 
+name_expression = r"[^\s\x00-\x1f\x7f]+"
+# O maior número que o Redis sabe ler; quantos databases ele tem só ele diz.
+last_database = 2**31 - 1
 url_reserved = {
     "protocol", "decode_responses", "encoding", "socket_timeout", "socket_connect_timeout", "socket_keepalive",
     "health_check_interval", "max_connections", "retry_on_timeout", "retry_on_error", "client_name",
@@ -364,8 +390,9 @@ def parse_redis_address(text):
         if not parts:
             raise ValueError(text)
         host, port, database = parts.group(1), int(parts.group(2) or 6379), int(parts.group(3) or 0)
-        if not 1 <= port <= 65535:
+        if not 1 <= port <= 65535 or database > last_database:
             raise ValueError(text)
+        parse_host(host.strip("[]"))
         shown = f"{host}:{port}/{database}"
         return redis_address(f"redis://{shown}", shown)
     if text.startswith("sentinel:"):
@@ -380,15 +407,20 @@ def parse_redis_address(text):
         raise ValueError(text)
     # A conexão só é construída aqui para que o redis-py confira as opções da URL.
     try:
-        redis.ConnectionPool.from_url(text).make_connection()
+        connection = redis.ConnectionPool.from_url(text).make_connection()
+        if not 0 <= int(connection.db) <= last_database:
+            raise ValueError(text)
     except Exception as error:
         raise ValueError(text) from error
+    if url.scheme != "unix":
+        parse_host(url.hostname)
     shown = urllib.parse.urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
     return redis_address(text, shown)
 
 
 text_kind = kind(str, "qualquer texto em UTF-8")
-name_kind = pattern(r"[^\s\x00-\x1f\x7f]+", "um texto sem espaços, de um caractere ou mais")
+name_kind = pattern(name_expression, "um texto sem espaços, de um caractere ou mais")
+host_kind = kind(parse_host, "um endereço IP (IPv6 sem colchetes) ou o nome desta máquina")
 header_kind = pattern(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", "um texto ASCII imprimível, de uma só linha")
 line_kind = kind(parse_json_line, "um texto que não seja vazio")
 switch_kind = kind(parse_switch, "on ou off")
@@ -405,7 +437,7 @@ day = 24 * 60 * 60 * 1000
 settings = [
     setting("HTTP_PORT", ("-p", "--port"), integer(0, 65535), "8771", "HTTP", "",
             "porta HTTP; 0 escolhe uma porta livre, informada no log"),
-    setting("HTTP_HOST", ("--host",), name_kind, "0.0.0.0", "HTTP", "",
+    setting("HTTP_HOST", ("--host",), host_kind, "0.0.0.0", "HTTP", "",
             "endereço em que o servidor escuta; :: atende IPv6 e IPv4"),
     setting("HTTP_SERVER", ("--server",), choice("flask", "waitress"), "flask", "HTTP", "",
             "servidor HTTP que hospeda a aplicação"),
@@ -588,7 +620,7 @@ def read_env_file(path, required):
     except UnicodeDecodeError as error:
         raise configuration_error(f"ENV_FILE: o arquivo {path} não está em UTF-8 (byte {error.start})") from None
     except OSError as error:
-        raise configuration_error(f"ENV_FILE: o arquivo {path} não pode ser lido: {error.strerror}") from None
+        raise configuration_error(f"ENV_FILE: o arquivo {path} não pode ser lido: {reason(error)}") from None
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
         if binding.error or (binding.key is not None and binding.value is None):
             raise configuration_error(
@@ -885,6 +917,49 @@ def configure_logging(level):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+system_reasons = {
+    errno.ECONNREFUSED: "conexão recusada",
+    errno.ECONNRESET: "a conexão foi cortada",
+    errno.EPIPE: "a conexão foi cortada",
+    errno.EADDRINUSE: "o endereço já está em uso",
+    errno.EADDRNOTAVAIL: "o endereço não é desta máquina",
+    errno.EACCES: "permissão negada",
+    errno.EPERM: "operação não permitida",
+    errno.ENOENT: "o arquivo não existe",
+    errno.EISDIR: "é uma pasta, e não um arquivo",
+    errno.EIO: "falha de leitura ou gravação",
+    errno.ENOSPC: "não há espaço no disco",
+    errno.ETIMEDOUT: "não houve resposta a tempo",
+    errno.EHOSTUNREACH: "não há caminho até a máquina",
+    errno.ENETUNREACH: "não há caminho até a rede",
+    # Os de getaddrinfo são negativos e não se confundem com os outros.
+    socket.EAI_NONAME: "o nome não existe",
+    socket.EAI_NODATA: "o nome não tem endereço",
+    socket.EAI_AGAIN: "o nome não pôde ser procurado agora",
+}
+
+
+def reason(error):
+    """Diz em português por que algo falhou.
+
+    Argumentos:
+        error (Exception): erro do sistema ou do redis-py, que guarda a causa.
+    Retorna:
+        str: trecho de frase; sem tradução conhecida, as palavras do próprio erro.
+    """
+    cause = error
+    while cause is not None and not isinstance(cause, redis.ResponseError | redis.AuthenticationError):
+        if isinstance(cause, ssl.SSLError):
+            # O errno destes não é um errno.
+            return f"falha de TLS ({getattr(cause, 'verify_message', None) or cause.reason or cause})"
+        if isinstance(cause, OSError) and cause.errno in system_reasons:
+            return system_reasons[cause.errno]
+        if isinstance(cause, redis.TimeoutError):
+            return f"sem resposta em {redis_timeout:g} s"
+        cause = cause.__cause__ or cause.__context__
+    return getattr(error, "strerror", None) or str(error)
+
+
 def notify_systemd(state):
     """Informa o estado ao systemd (protocolo sd_notify).
 
@@ -900,7 +975,7 @@ def notify_systemd(state):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.sendto(state.encode(), address)
     except OSError as error:
-        log.debug("o systemd não recebeu a notificação: %s", error)
+        log.debug("o systemd não recebeu a notificação: %s", reason(error))
 
 
 # =============================================================================
@@ -4122,7 +4197,29 @@ def blank_arguments(rows, count):
                 memory.seek(start + before + begin)
                 memory.write(b"*" * (len(words[first + position]) - begin))
     except (OSError, ValueError) as error:
-        log.debug("os segredos continuam à vista na lista de processos: %s", error)
+        log.debug("os segredos continuam à vista na lista de processos: %s", reason(error))
+
+
+def redis_problem(error, given):
+    """Descreve por que o Redis não serve, no início ou no --check.
+
+    Argumentos:
+        error (Exception): falha da conexão ou recusa do Redis.
+        given (dict): texto e camada de cada configuração.
+    Retorna:
+        tuple: (status de saída, frase): 2 se o database não existe, o que nenhuma
+        espera conserta; 1 nos outros casos.
+    """
+    shown, words = REDIS_SERVER.shown, reason(error)
+    if isinstance(error, redis.ResponseError) and "DB index" in words:
+        return 2, (f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: "
+                   f"o Redis não tem esse database ({words})")
+    if isinstance(error, redis.AuthenticationError) or words.startswith("NOAUTH"):
+        return 1, f"REDIS_PASSWORD: o Redis em {shown} recusou a senha ({given['REDIS_PASSWORD'].layer}): {words}"
+    # Uma recusa é uma resposta: o endereço está certo, e o Redis, no ar.
+    is_refusal = isinstance(error, redis.ResponseError | redis.BusyLoadingError) or "max number of clients" in words
+    verb = "recusou a conexão" if is_refusal else "não atende"
+    return 1, f"REDIS_SERVER: o Redis em {shown} {verb}: {words}"
 
 
 def check(given):
@@ -4131,7 +4228,7 @@ def check(given):
     Argumentos:
         given (dict): texto e camada de cada configuração.
     Retorna:
-        int: 0 se o Redis respondeu; 1 se não.
+        int: 0 se o Redis respondeu; 1 se não; 2 se ele não tem o database.
     """
     for row in settings:
         print(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})")
@@ -4142,8 +4239,9 @@ def check(given):
     except (redis.RedisError, OSError) as failure:
         error = failure
     link.close()
-    print(f"Redis em {REDIS_SERVER.shown}: " + (f"falhou: {error}" if error else "respondeu ao PING"))
-    return 1 if error else 0
+    status, sentence = redis_problem(error, given) if error else (0, f"Redis em {REDIS_SERVER.shown}: respondeu ao PING")
+    print(sentence)
+    return status
 
 
 def wait_while_falling(count):
@@ -4198,27 +4296,51 @@ def keep_one_core():
     except OSError as error:
         # A unidade do systemd nega esta chamada; lá, quem escolhe é CPUAffinity=.
         level = logging.DEBUG if "INVOCATION_ID" in os.environ else logging.INFO
-        log.log(level, "ONE_CORE: o sistema não deixa escolher o núcleo: %s", error.strerror)
+        log.log(level, "ONE_CORE: o sistema não deixa escolher o núcleo: %s", reason(error))
 
 
-def serve():
+def listener_problem(error, given):
+    """Descreve por que o servidor não pode escutar.
+
+    Argumentos:
+        error (OSError): falha de open_listener.
+        given (dict): texto e camada de cada configuração.
+    Retorna:
+        tuple: (status de saída, frase): 2 se o nome não existe, o que nenhuma espera
+        conserta; 1 nos outros casos.
+    """
+    host, port = (f"({given[name].layer})" for name in ("HTTP_HOST", "HTTP_PORT"))
+    if isinstance(error, socket.gaierror):
+        status = 1 if error.errno == socket.EAI_AGAIN else 2
+        return status, f"HTTP_HOST: o valor {HTTP_HOST!r} {host} não serve: {reason(error)}"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return 1, f"HTTP_HOST: o endereço {HTTP_HOST} {host} não pode ser aberto: {reason(error)}"
+    return 1, f"HTTP_PORT: a porta {HTTP_PORT} {port} em {HTTP_HOST} não pode ser aberta: {reason(error)}"
+
+
+def serve(given):
     """Conecta ao Redis, abre a porta e atende até o sinal de parada.
 
+    Argumentos:
+        given (dict): texto e camada de cada configuração.
     Retorna:
-        int: 0 se parou por um sinal; 1 se o Redis ou a porta não atenderam.
+        int: 0 se parou por um sinal; 1 se o Redis ou a porta não atenderam; 2 se o
+        database ou o endereço não existem.
     """
     global hub
     hub = collector()
     try:
         hub.open_main()
     except (redis.RedisError, OSError) as error:
-        log.error("o Redis em %s não atende: %s", REDIS_SERVER.shown, error)
-        return 1
+        status, sentence = redis_problem(error, given)
+        log.error("%s", sentence)
+        return status
     try:
         listener = open_listener()
     except OSError as error:
-        log.error("a porta %d em %s não pode ser aberta: %s", HTTP_PORT, HTTP_HOST, error.strerror)
-        return 1
+        status, sentence = listener_problem(error, given)
+        log.error("%s", sentence)
+        return status
     for each in stop_signals:
         signal.signal(each, handle_signal)
     if ONE_CORE:
@@ -4266,7 +4388,7 @@ def main(argv):
     secrets = secret_arguments({name: text for name, (text, layer) in given.items() if layer.startswith("argumento ")})
     if secrets:
         blank_arguments(secrets, len(argv))
-    return check(given) if "check" in actions else serve()
+    return check(given) if "check" in actions else serve(given)
 
 
 def leave(status):

@@ -594,33 +594,48 @@ def test_secret_is_never_printed(layer, tmp_path):
     assert "segredo" not in sentence
 
 
-def start_failure(host, tmp_path, address, **more):
+def start_failure(host, tmp_path, address, status=1, **more):
     """Inicia um proxy que deve falhar ao começar.
 
     Argumentos:
         host: HTTP_SERVER.
         tmp_path: pasta da prova.
         address: REDIS_SERVER.
+        status: código de saída esperado.
         more: outras variáveis de ambiente.
 
     Retorno:
         A frase de erro.
     """
     env = {"ENV_FILE": write_env(tmp_path, ""), "HTTP_SERVER": host, "HTTP_PORT": "0", "HTTP_HOST": "127.0.0.1"}
-    return one_sentence(harness.run_proxy(env={**env, "REDIS_SERVER": address, **more}), 1)
+    return one_sentence(harness.run_proxy(env={**env, "REDIS_SERVER": address, **more}), status)
 
 
 def test_redis_unreachable(host, tmp_path):
-    """Redis que não existe: uma frase com o endereço, código 1, em menos de 6 s."""
+    """Redis que não existe: uma frase em português com o nome e o endereço, código 1, em menos de 6 s."""
     port = harness.free_port()
-    assert f"127.0.0.1:{port}/1" in start_failure(host, tmp_path, f"127.0.0.1:{port}/1")
+    sentence = start_failure(host, tmp_path, f"127.0.0.1:{port}/1")
+    assert re.fullmatch(rf"erro: REDIS_SERVER: .*127\.0\.0\.1:{port}/1 não atende: conexão recusada", sentence)
+
+
+def test_redis_name_unknown(host, tmp_path):
+    """O nome de uma máquina que não existe pode passar a existir: código 1, para que o serviço insista."""
+    sentence = start_failure(host, tmp_path, "nao-existe.invalid:6379/1")
+    assert re.fullmatch(r"erro: REDIS_SERVER: .*nao-existe\.invalid:6379/1 não atende: o nome .*", sentence)
+
+
+def test_redis_socket_missing(host, tmp_path):
+    """Um soquete que não existe: o mesmo, com o caminho."""
+    sentence = start_failure(host, tmp_path, f"unix://{tmp_path}/nada.sock")
+    assert re.fullmatch(r"erro: REDIS_SERVER: .*/nada\.sock.* não atende: o arquivo não existe", sentence)
 
 
 def test_redis_silent(host, tmp_path):
     """Redis que aceita a conexão e nada responde: o mesmo."""
     with socket.create_server(("127.0.0.1", 0)) as mute:
         port = mute.getsockname()[1]
-        assert f"127.0.0.1:{port}/1" in start_failure(host, tmp_path, f"127.0.0.1:{port}/1")
+        sentence = start_failure(host, tmp_path, f"127.0.0.1:{port}/1")
+    assert re.fullmatch(rf"erro: REDIS_SERVER: .*:{port}/1 não atende: sem resposta em 2 s", sentence)
 
 
 def test_redis_frozen(host, tmp_path, start_redis):
@@ -632,12 +647,40 @@ def test_redis_frozen(host, tmp_path, start_redis):
 
 @pytest.mark.parametrize("given", ["", "errada"])
 def test_redis_wrong_password(given, host, tmp_path, start_redis):
-    """Senha errada ou ausente: uma frase com o endereço e sem a senha, código 1."""
+    """Senha errada ou ausente: uma frase que diz que o Redis recusou, com o endereço e sem a senha, código 1."""
     server = start_redis(password="certa")
     sentence = start_failure(host, tmp_path, server.address, REDIS_PASSWORD=given)
-    assert server.address in sentence
+    assert re.fullmatch(rf"erro: REDIS_PASSWORD: .*{server.address} recusou .*", sentence)
+    assert "não atende" not in sentence
     assert "errada" not in sentence
     assert "certa" not in sentence
+
+
+def test_redis_without_tls(host, tmp_path, start_proxy):
+    """TLS para quem não fala TLS: uma frase que diz isso, código 1."""
+    # O servidor do Flask responde na hora a qualquer coisa.
+    plain = start_proxy(host="flask")
+    sentence = start_failure(host, tmp_path, f"rediss://127.0.0.1:{plain.port}/1")
+    assert re.fullmatch(r"erro: REDIS_SERVER: .* não atende: falha de TLS \(\w+.*\)", sentence)
+
+
+def test_redis_acl(host, tmp_path, start_redis):
+    """Um usuário da ACL que nem PING pode: recusou, nas palavras do Redis, código 1."""
+    server = start_redis("user proxy on >segredo ~* &* +@all -ping")
+    sentence = start_failure(host, tmp_path, f"redis://proxy:segredo@{server.address}")
+    assert re.fullmatch(rf"erro: REDIS_SERVER: .*{server.address} recusou .*ping.*", sentence)
+    assert "segredo" not in sentence
+
+
+def test_redis_full(host, tmp_path, start_redis):
+    """O Redis que não aceita mais conexões recusou, não deixou de atender; código 1."""
+    server = start_redis("maxclients 4")
+    held = [server.client() for _ in range(4)]
+    for client in held:
+        client.ping()
+    assert f"{server.address} recusou" in start_failure(host, tmp_path, server.address)
+    for client in held:
+        client.close()
 
 
 def test_redis_is_not_redis(host, tmp_path, shared_proxy):
@@ -646,16 +689,29 @@ def test_redis_is_not_redis(host, tmp_path, shared_proxy):
 
 
 def test_redis_wrong_database(host, tmp_path, redis_main):
-    """Um banco que o Redis não tem: uma frase, código 1."""
+    """Um database que o Redis não tem é configuração errada: uma frase com nome, valor e camada, código 2."""
     address = f"127.0.0.1:{redis_main.port}/99"
-    assert address in start_failure(host, tmp_path, address)
+    sentence = start_failure(host, tmp_path, address, 2)
+    assert re.fullmatch(rf"erro: REDIS_SERVER: o valor '{address}' \(ambiente\) .*database.*", sentence)
+    done = harness.run_proxy("--check", "-R", address, env={"ENV_FILE": write_env(tmp_path, "")})
+    assert done.status == 2, done
+    assert re.fullmatch(rf"REDIS_SERVER: o valor '{address}' .*database.*", done.out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("database", ["99999999999", "9" * 30])
+def test_impossible_database(database, host, tmp_path, redis_main):
+    """Um número de database que Redis algum teria é recusado antes de perguntar; código 2."""
+    address = f"127.0.0.1:{redis_main.port}/{database}"
+    for text in (address, f"redis://{address}", f"redis://127.0.0.1:{redis_main.port}?db={database}"):
+        assert "REDIS_SERVER: o valor" in start_failure(host, tmp_path, text, 2)
 
 
 def test_port_taken(host, tmp_path, redis_main):
     """Porta ocupada: uma frase com a porta, código 1."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert port in start_failure(host, tmp_path, redis_main.address, HTTP_PORT=port)
+        sentence = start_failure(host, tmp_path, redis_main.address, HTTP_PORT=port)
+    assert re.fullmatch(rf"erro: HTTP_PORT: .*\b{port}\b.* \(ambiente\) .*: o endereço já está em uso", sentence)
 
 
 def test_port_taken_by_ourselves(host, tmp_path, redis_main, shared_proxy):
@@ -665,8 +721,31 @@ def test_port_taken_by_ourselves(host, tmp_path, redis_main, shared_proxy):
 
 
 def test_foreign_address(host, tmp_path, redis_main):
-    """Um HTTP_HOST que não é desta máquina: uma frase com o endereço, código 1."""
-    assert "192.0.2.1" in start_failure(host, tmp_path, redis_main.address, HTTP_HOST="192.0.2.1")
+    """Um HTTP_HOST que não é desta máquina, mas pode vir a ser: uma frase com o endereço, código 1."""
+    sentence = start_failure(host, tmp_path, redis_main.address, HTTP_HOST="192.0.2.1")
+    assert re.fullmatch(r"erro: HTTP_HOST: .*192\.0\.2\.1.* \(ambiente\) .*: o endereço não é desta máquina", sentence)
+
+
+@pytest.mark.parametrize("name", ["nome..vazio", "a" * 64, "1::2::3", "[::1]"])
+def test_malformed_host(name, host, tmp_path, redis_main):
+    """Um HTTP_HOST que não é nome nem endereço de máquina alguma é configuração errada: código 2, com nome e camada."""
+    sentence = start_failure(host, tmp_path, redis_main.address, 2, HTTP_HOST=name)
+    assert re.match(rf"erro: HTTP_HOST: o valor '{re.escape(name)}' \(ambiente\) não é válido", sentence)
+
+
+def test_unknown_host(host, tmp_path, redis_main):
+    """Um nome que não existe também; sem resposta do DNS não se sabe, e o serviço insiste: código 1."""
+    env = {"ENV_FILE": write_env(tmp_path, ""), "HTTP_SERVER": host, "REDIS_SERVER": redis_main.address}
+    done = harness.run_proxy("--host", "nao-existe.invalid", env=env)
+    sentence = one_sentence(done, 1 if "agora" in done.err else 2)
+    assert re.match(r"erro: HTTP_HOST: o valor 'nao-existe\.invalid' \(argumento --host\) .*: o nome ", sentence)
+
+
+@pytest.mark.parametrize("name", ["nome..vazio:6379/1", "a" * 64, "redis://nome..vazio/1"])
+def test_malformed_redis_host(name, host, tmp_path):
+    """Um REDIS_SERVER cujo nome de máquina não pode existir: código 2, sem rastro de pilha."""
+    sentence = start_failure(host, tmp_path, name, 2)
+    assert re.match(rf"erro: REDIS_SERVER: o valor '{re.escape(name)}' \(ambiente\) ", sentence)
 
 
 def test_fixed_port(start_proxy, fetch, host):
