@@ -4172,17 +4172,20 @@ def secret_places(words, flags):
     return places
 
 
-def blank_arguments(rows, count):
+def hide_secrets(given, count):
     """Cobre com asteriscos os segredos que a lista de processos mostra.
 
     É o que se pode fazer depois de iniciado, e onde o sistema não deixa nada muda: o
     lugar de um segredo é o arquivo.
 
     Argumentos:
-        rows (list[setting]): configurações secretas dadas na linha de comando.
+        given (dict): texto e camada de cada configuração.
         count (int): número de argumentos, sem o nome do programa.
     """
+    rows = secret_arguments({name: text for name, (text, layer) in given.items() if layer.startswith("argumento ")})
     flags = [flag.encode() for row in rows for flag in row.flags]
+    if not flags:
+        return
     try:
         with open("/proc/self/stat", "rb") as file:
             # Campos 48 e 49, depois do nome do processo, que pode ter espaços.
@@ -4198,6 +4201,23 @@ def blank_arguments(rows, count):
                 memory.write(b"*" * (len(words[first + position]) - begin))
     except (OSError, ValueError) as error:
         log.debug("os segredos continuam à vista na lista de processos: %s", reason(error))
+
+
+def show(text):
+    """Escreve na saída padrão, que pode ser um cano, um arquivo ou nada.
+
+    Argumentos:
+        text (str): uma ou mais linhas, sem o LF final.
+    Levanta:
+        OSError: se a saída falhar; quem parou de ler (head) não é uma falha.
+    """
+    if sys.stdout is None:
+        return
+    with contextlib.suppress(BrokenPipeError):
+        # Um terminal que não sabe uma letra não é motivo para não mostrar as outras.
+        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def redis_problem(error, given):
@@ -4229,9 +4249,10 @@ def check(given):
         given (dict): texto e camada de cada configuração.
     Retorna:
         int: 0 se o Redis respondeu; 1 se não; 2 se ele não tem o database.
+    Levanta:
+        OSError: se a saída padrão falhar.
     """
-    for row in settings:
-        print(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})")
+    show("\n".join(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})" for row in settings))
     link = redis_link(redis_pool(), f"{program}-check")
     try:
         link.open()
@@ -4240,7 +4261,7 @@ def check(given):
         error = failure
     link.close()
     status, sentence = redis_problem(error, given) if error else (0, f"Redis em {REDIS_SERVER.shown}: respondeu ao PING")
-    print(sentence)
+    show(sentence)
     return status
 
 
@@ -4368,27 +4389,30 @@ def main(argv):
     Argumentos:
         argv (list[str]): argumentos, sem o nome do programa.
     Retorna:
-        int: status de saída: 0 parada limpa, 1 Redis ou porta, 2 configuração.
+        int: status de saída: 0 parada limpa, 1 Redis, porta ou saída, 2 configuração.
     """
+    configure_logging("info")
     try:
         actions, given, warnings = load_settings(argv, os.environ)
+        if "help" in actions:
+            show(build_parser().format_help().rstrip("\n"))
+            return 0
+        if "version" in actions:
+            show(f"{program} {version}")
+            return 0
+        log.setLevel(LOG_LEVEL.upper())
+        for warning in warnings:
+            log.warning("%s", warning)
+        hide_secrets(given, len(argv))
+        if "check" in actions:
+            return check(given)
     except configuration_error as error:
-        configure_logging("info")
         log.error("%s", error)
         return 2
-    if "help" in actions:
-        print(build_parser().format_help(), end="")
-        return 0
-    if "version" in actions:
-        print(f"{program} {version}")
-        return 0
-    configure_logging(LOG_LEVEL)
-    for warning in warnings:
-        log.warning("%s", warning)
-    secrets = secret_arguments({name: text for name, (text, layer) in given.items() if layer.startswith("argumento ")})
-    if secrets:
-        blank_arguments(secrets, len(argv))
-    return check(given) if "check" in actions else serve(given)
+    except OSError as error:
+        log.error("a saída não pode ser escrita: %s", reason(error))
+        return 1
+    return serve(given)
 
 
 def leave(status):
@@ -4403,7 +4427,6 @@ def leave(status):
     for handler in logging.getLogger().handlers:
         if isinstance(handler, log_queue):
             handler.drain()
-    sys.stdout.flush()
     os._exit(status)
 
 

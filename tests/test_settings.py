@@ -5,6 +5,8 @@ import os
 import pathlib
 import re
 import socket
+import subprocess
+import sys
 
 import dotenv
 import pytest
@@ -921,3 +923,78 @@ def test_readme_table(readme):
             assert shown in (row.default, f"{row.default} {row.unit}"), name
         else:
             assert shown.strip("*_() ") in ("", "vazio", "empty"), name
+
+
+def run_into(output, *flags, encoding="utf-8"):
+    """Executa o programa com a saída padrão dada.
+
+    Argumentos:
+        output: descritor ou arquivo em que ele escreve.
+        flags: argumentos de linha de comando.
+        encoding: codificação da saída dele (PYTHONIOENCODING).
+
+    Retorno:
+        Tupla (status, stderr em bytes).
+    """
+    done = subprocess.run(
+        [sys.executable, str(harness.program), *flags],
+        env={**harness.base_environment(), "PYTHONIOENCODING": encoding},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.PIPE,
+        timeout=20,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+every_output = [("--help",), ("--version",), ("--check",)]
+
+
+@pytest.mark.parametrize("flags", every_output, ids=" ".join)
+def test_reader_that_left(flags, redis_main):
+    """Saída para um cano que ninguém lê (--check | head -1): nada em stderr, e o status do que foi feito."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        assert run_into(writing, *flags, "-R", redis_main.address) == (0, b"")
+        port = harness.free_port()
+        down = run_into(writing, *flags, "-R", f"127.0.0.1:{port}/1")
+        assert down == (1 if "--check" in flags else 0, b"")
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.parametrize("flags", every_output, ids=" ".join)
+def test_output_that_fails(flags, redis_main):
+    """Saída para um disco cheio: uma frase, código 1, sem rastro de pilha."""
+    with open("/dev/full", "wb") as full:
+        status, error = run_into(full, *flags, "-R", redis_main.address)
+    assert (status, error.decode()) == (1, "erro: a saída não pode ser escrita: não há espaço no disco\n")
+
+
+@pytest.mark.parametrize("flags", every_output, ids=" ".join)
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1:strict", "cp037"])
+def test_output_in_another_encoding(encoding, flags, tmp_path, redis_main):
+    """Um terminal que não sabe acentos mostra o que sabe: nunca uma exceção."""
+    with open(tmp_path / "saida", "w+b") as file:
+        status, error = run_into(file, *flags, "-R", redis_main.address, "-X", "prefixo→ção", encoding=encoding)
+        file.seek(0)
+        text = file.read().decode(encoding.partition(":")[0])
+    assert (status, error) == (0, b"")
+    if "--check" in flags:
+        assert "REDIS_PREFIX = prefixo\\u2192" in text
+
+
+def test_closed_output(redis_main):
+    """Sem saída padrão alguma (>&-) também não há exceção, nem no fim do serviço."""
+    for flags in every_output:
+        done = subprocess.run(
+            ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(harness.program), *flags, "-R", redis_main.address],
+            env=harness.base_environment(),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            timeout=20,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
