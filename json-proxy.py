@@ -957,7 +957,20 @@ def reason(error):
         if isinstance(cause, redis.TimeoutError):
             return f"sem resposta em {redis_timeout:g} s"
         cause = cause.__cause__ or cause.__context__
-    return getattr(error, "strerror", None) or str(error)
+    return getattr(error, "strerror", None) or redis_words(error)
+
+
+def redis_words(error):
+    """Dá as palavras de um erro do Redis, sem as que só dizem em que linha de que script.
+
+    Argumentos:
+        error (Exception): erro do redis-py.
+    Retorna:
+        str: as palavras do Redis.
+    """
+    # O Redis 6 as põe no começo; o 7 e os seguintes, no fim.
+    words = re.sub(r"^(ERR )?Error running script \(call to \w+\): @user_script: ?\d+: ", "", str(error))
+    return re.sub(r",? ?script: \w+, on @user_script:\d+\.?$", "", words)
 
 
 def notify_systemd(state):
@@ -1366,6 +1379,10 @@ def redis_ping():
 # =============================================================================
 # Tarefas e linhas
 # =============================================================================
+
+class task_key_error(Exception):
+    """A chave da tarefa foi trocada por algo que não é string nem lista."""
+
 
 end_words = frozenset((b"EOF", b"EOL", b"END-OF-FILE", b"END-OF-LIST"))
 line_breaks = bytes.maketrans(b"\r\n", b"  ")
@@ -2444,6 +2461,9 @@ class collector(threading.Thread):
         elif type_name == b"list" and self.scripts is None and stream.source != stream.key:
             stream.source = stream.key
             self.hungry[stream] = None
+        elif type_name not in (b"string", b"list"):
+            stream.answers.put(task_key_error(
+                f"a chave da tarefa foi trocada por um valor do tipo {type_name.decode()}: só se aceita uma lista"))
         else:
             self.wait_for_lines(stream)
 
@@ -2796,8 +2816,11 @@ class stream:
         """
         if isinstance(answer, Exception):
             self.reason = ended_error
-            log.warning("tarefa=%s erro do Redis: %s", self.name, answer)
-            yield self.count(error_line("redis_error", f"o Redis recusou a consulta: {answer}"), 1)
+            message = f"o Redis recusou a consulta: {redis_words(answer)}"
+            if isinstance(answer, task_key_error):
+                message = str(answer)
+            log.warning("tarefa=%s %s", self.name, message)
+            yield self.count(error_line("redis_error", message), 1)
             return
         self.reason = answer
         if answer == ended_shutdown:
@@ -3103,8 +3126,8 @@ def redis_failure(error):
         flask.Response: 504 se o Redis não atendeu; 500 se ele recusou.
     """
     if isinstance(error, redis.ResponseError) and not is_unable(error):
-        log.warning("o Redis recusou uma tarefa: %s", error)
-        return error_response(500, "redis_error", f"o Redis recusou a tarefa: {error}")
+        log.warning("o Redis recusou uma tarefa: %s", redis_words(error))
+        return error_response(500, "redis_error", f"o Redis recusou a tarefa: {redis_words(error)}")
     return error_response(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
 
 
