@@ -386,7 +386,7 @@ def parse_redis_address(text):
     """
     text = text.strip()
     if "://" not in text:
-        parts = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(?::([0-9]+))?(?:/([0-9]+))?", text)
+        parts = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(?::([0-9]+))?(?:/([0-9]*)/?)?", text)
         if not parts:
             raise ValueError(text)
         host, port, database = parts.group(1), int(parts.group(2) or 6379), int(parts.group(3) or 0)
@@ -400,7 +400,7 @@ def parse_redis_address(text):
     url = urllib.parse.urlsplit(text)
     if url.scheme not in ("redis", "rediss", "unix") or not (url.hostname or url.scheme == "unix"):
         raise ValueError(text)
-    if url.port == 0 or (url.scheme != "unix" and not re.fullmatch(r"/?[0-9]*", url.path)):
+    if url.port == 0 or (url.scheme != "unix" and not re.fullmatch(r"(/[0-9]*/?)?", url.path)):
         raise ValueError(text)
     # Na URL, estas opções valeriam mais que as do programa, que depende das suas.
     if url_reserved & set(urllib.parse.parse_qs(url.query, keep_blank_values=True)):
@@ -412,10 +412,12 @@ def parse_redis_address(text):
             raise ValueError(text)
     except Exception as error:
         raise ValueError(text) from error
-    if url.scheme != "unix":
-        parse_host(url.hostname)
-    shown = urllib.parse.urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
-    return redis_address(text, shown)
+    # O database mostrado é o que vale, venha ele do caminho ou de "?db=".
+    if url.scheme == "unix":
+        return redis_address(text, f"unix://{connection.path}?db={connection.db}")
+    parse_host(url.hostname)
+    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
+    return redis_address(text, f"{url.scheme}://{host}:{connection.port}/{connection.db}")
 
 
 text_kind = kind(str, "qualquer texto em UTF-8")

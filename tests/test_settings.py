@@ -408,6 +408,33 @@ def test_redis_addresses(form, start_redis, start_proxy, start_worker, connect, 
     task.finish("1")
     assert conn.response().lines() == [b"1"]
     assert "segredo" not in proxy.log()
+    shown = {"url": f"redis://127.0.0.1:{server.port}/4", "unix": address, "db": address}[form]
+    assert f"Redis em {shown}\n" in proxy.log()
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("127.0.0.1:1", "127.0.0.1:1/0"),
+        ("127.0.0.1:1/", "127.0.0.1:1/0"),
+        ("127.0.0.1:1/2/", "127.0.0.1:1/2"),
+        ("redis://127.0.0.1:1", "redis://127.0.0.1:1/0"),
+        ("redis://127.0.0.1:1/", "redis://127.0.0.1:1/0"),
+        ("redis://127.0.0.1:1/2/", "redis://127.0.0.1:1/2"),
+        ("redis://127.0.0.1:1?db=3", "redis://127.0.0.1:1/3"),
+        ("redis://eu:segredo@127.0.0.1:1/2?db=3&password=segredo", "redis://127.0.0.1:1/3"),
+        ("rediss://[::1]:1/4?ssl_cert_reqs=none", "rediss://[::1]:1/4"),
+        ("unix:///nada.sock", "unix:///nada.sock?db=0"),
+        ("unix://eu:segredo@/nada.sock?db=6", "unix:///nada.sock?db=6"),
+    ],
+)
+def test_redis_address_shown(given, shown, tmp_path):
+    """O endereço mostrado diz o database em uso, venha ele de onde vier, e não traz segredo; a barra final é aceita."""
+    done = harness.run_proxy("--check", env={"ENV_FILE": write_env(tmp_path, ""), "REDIS_SERVER": given})
+    assert done.status == 1, done
+    assert read_check(done.out)["REDIS_SERVER"] == (shown, "ambiente")
+    assert f" {shown} " in done.out.splitlines()[-1]
+    assert "segredo" not in done.out + done.err
 
 
 # ENV_FILE dentro do próprio arquivo não tem efeito: vira um aviso (test_env_file_inside_itself).
