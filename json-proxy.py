@@ -169,7 +169,7 @@ def choice(*names):
     """Cria o tipo "uma das palavras".
 
     Argumentos:
-        names (str): palavras permitidas, em minúsculas.
+        names (str): duas ou mais palavras permitidas, em minúsculas.
     Retorna:
         kind: tipo cujo parse devolve a palavra em minúsculas.
     """
@@ -189,7 +189,7 @@ def choice(*names):
             raise ValueError(text)
         return value
 
-    return kind(parse, " ou ".join(names))
+    return kind(parse, ", ".join(names[:-1]) + " ou " + names[-1])
 
 
 def pattern(expression, allowed):
@@ -308,12 +308,15 @@ def parse_origins(text):
     Retorna:
         frozenset: as origens como o navegador as envia (minúsculas, sem barra).
     Levanta:
-        ValueError: se alguma não tiver a forma esquema://host[:porta].
+        ValueError: se alguma não tiver a forma esquema://host[:porta], ou se houver
+            um "*" entre outras, que as tornaria inúteis.
     """
     origins = [origin.rstrip("/").lower() for origin in split_list(text)]
     for origin in origins:
         if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
             raise ValueError(text)
+    if "*" in origins and len(origins) > 1:
+        raise ValueError(text)
     return frozenset(origins)
 
 
@@ -428,7 +431,7 @@ line_kind = kind(parse_json_line, "um texto que não seja vazio")
 switch_kind = kind(parse_switch, "on ou off")
 tokens_kind = kind(parse_tokens, "vazio, ou um ou mais tokens em ASCII visível, separados por vírgula ou espaço")
 names_kind = kind(parse_header_names, "vazio, none ou nomes de cabeçalhos separados por vírgula ou espaço")
-origins_kind = kind(parse_origins, "vazio, * ou uma lista de origens como https://exemplo.com.br")
+origins_kind = kind(parse_origins, "vazio, um * sozinho ou uma lista de origens como https://exemplo.com.br")
 redis_kind = kind(
     parse_redis_address,
     "ip:porta/database (127.0.0.1:6379/1), uma URL redis://, rediss:// ou unix://, ou "
@@ -490,7 +493,7 @@ settings = [
     setting("LOG_LEVEL", ("--log-level",), choice("debug", "info", "warning", "error"), "info", "Log", "",
             "nível mínimo das mensagens de log"),
     setting("ENV_FILE", ("-f", "--env-file"), pattern(r"[^\x00:]+(:[^\x00:]+)*", "o caminho de um arquivo, ou de vários separados por :"),
-            "/etc/py-ndjson-proxy.env", "Log", "",
+            "/etc/py-ndjson-proxy.env", "Arquivo", "",
             "arquivo de configurações, abaixo do ambiente e dos argumentos; de vários, o último é o mais forte"),
 ]
 
@@ -588,17 +591,34 @@ def read_arguments(argv):
         known, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         flag = error.argument_name or "argumento"
+        wants_value = any(name in row.flags for row in settings for name in flag.split("/"))
         raise configuration_error(
-            f"{flag}: falta o valor do argumento, ou ele não leva valor "
-            "(um valor que começa com - se escreve --opção=-valor)"
+            f"{flag}: falta o valor do argumento (um valor que começa com - se escreve --opção=-valor)"
+            if wants_value else f"{flag}: este argumento não leva valor"
         ) from None
     if unknown:
-        flags = [flag for row in settings for flag in row.flags] + ["--check", "--version", "--help"]
-        name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, flags, 1)
-        hint = f"; o mais parecido é {near[0]}" if near else ""
-        raise configuration_error(f"argumento desconhecido: {name}{hint} (veja --help)")
+        raise configuration_error(unknown_argument(unknown[0], argv))
     return vars(known)
+
+
+def unknown_argument(word, argv):
+    """Monta a frase sobre um argumento desconhecido.
+
+    Argumentos:
+        word (str): o primeiro deles.
+        argv (list[str]): todos os argumentos.
+    Retorna:
+        str: frase com o argumento; sem ele, se pode ser parte de um segredo.
+    """
+    flags = [flag for row in settings for flag in row.flags] + ["--check", "--version", "--help"]
+    name = word.partition("=")[0]
+    near = difflib.get_close_matches(name, flags, 1) if name.startswith("-") else []
+    hint = f"; o mais parecido é {near[0]}" if near else ""
+    # Sem aspas, um segredo com espaços chega aos pedaços, e só o primeiro é o valor.
+    secret = tuple(flag for row in settings if row.secret for flag in row.flags)
+    if any(each.startswith(secret) or "://" in each for each in argv):
+        return f"argumento desconhecido, não mostrado por haver um segredo; um valor com espaços vai entre aspas{hint}"
+    return f"argumento desconhecido: {name}{hint} (veja --help)"
 
 
 def read_env_file(path, required):
@@ -769,6 +789,19 @@ def check_combinations(given):
 # =============================================================================
 
 log = logging.getLogger(program)
+
+
+def plural(count, one, many):
+    """Escreve um número e o que ele conta.
+
+    Argumentos:
+        count (int): quantidade.
+        one (str): palavras no singular.
+        many (str): palavras no plural.
+    Retorna:
+        str: "1 stream", "2 streams".
+    """
+    return f"{count} {one if count == 1 else many}"
 
 
 class log_formatter(logging.Formatter):
@@ -2922,6 +2955,7 @@ stream_methods = ("GET", "POST", "PUT", "PATCH", "DELETE")
 allow_header = ", ".join((*stream_methods, "HEAD", "OPTIONS"))
 line_types = ("application/x-ndjson", "application/json-lines", "application/jsonl")
 read_size = 65536
+retry_later = [("Retry-After", "5")]
 
 
 class application(flask.Flask):
@@ -3133,6 +3167,15 @@ def redis_failure(error):
     return error_response(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
 
 
+def stopping_response():
+    """Monta a resposta para quem chega durante a parada.
+
+    Retorna:
+        flask.Response: erro 503.
+    """
+    return error_response(503, "shutdown", "o serviço está parando", retry_later)
+
+
 def start_stream(request, body):
     """Grava e publica a tarefa e devolve o streaming; o lugar já foi reservado.
 
@@ -3152,8 +3195,7 @@ def start_stream(request, body):
     if not isinstance(answer, int):
         client.reason = ended_error
         client.close()
-        return redis_failure(answer) if isinstance(answer, Exception) else error_response(
-            503, "shutdown", "o serviço está parando")
+        return redis_failure(answer) if isinstance(answer, Exception) else stopping_response()
     if answer == 0:
         log.warning("tarefa=%s ninguém ouve o canal %s: a tarefa espera por um worker", name, REDIS_CHANNEL)
     response = head_response(request)
@@ -3175,10 +3217,10 @@ def streaming():
     if not redis_ping():
         return error_response(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
     if not gate.enter():
-        code, message = "too_many_streams", f"o limite de {MAX_STREAMS} streams simultâneos foi atingido"
         if gate.closed:
-            code, message = "shutdown", "o serviço está parando"
-        return error_response(503, code, message, [("Retry-After", "5")])
+            return stopping_response()
+        limit = plural(MAX_STREAMS, "stream simultâneo", "streams simultâneos")
+        return error_response(503, "too_many_streams", f"o limite de {limit} foi atingido", retry_later)
     try:
         return start_stream(request, body)
     except BaseException:
@@ -4316,7 +4358,9 @@ def stop_service(unfinished):
     # O prazo do systemd acompanha DRAIN, seja qual for o TimeoutStopSec da unidade.
     notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(DRAIN + 10000) * 1000}")
     gate.close()
-    log.info("parando: %d streams têm até %d ms para acabar", gate.alive, DRAIN)
+    alive = gate.alive
+    log.info("parando: %s", f"{plural(alive, 'stream tem', 'streams têm')} até {DRAIN} ms para acabar" if alive else
+             "nenhum stream vivo")
     if not gate.wait_empty(DRAIN / 1000):
         hub.broadcast(ended_shutdown)
         wait_while_falling(lambda: gate.alive)

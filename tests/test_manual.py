@@ -281,6 +281,11 @@ def flags_in(text):
     return re.findall(r"(?<![\w-])--?[^\W\d_][\w-]*", text)
 
 
+def row_words(row):
+    """Lê as palavras que uma configuração aceita. Argumentos: row, a linha da tabela. Retorno: lista, ou vazia."""
+    return re.split(", | ou ", row.allowed) if re.fullmatch(r"\w+(, \w+)* ou \w+", row.allowed) else []
+
+
 def check_values(language, row, text):
     """Confere que um texto diz o que uma configuração permite: limites e unidade, ou as palavras.
 
@@ -294,9 +299,8 @@ def check_values(language, row, text):
         assert re.search(rf"\b{limits[1]} {words[language]['to']} {limits[2]}\b", text), row.name
     if row.unit:
         assert words[language][row.unit] in text, row.name
-    if re.fullmatch(r"\w+( ou \w+)+", row.allowed):
-        for word in row.allowed.split(" ou "):
-            assert re.search(rf"\b{word}\b", text), (row.name, word)
+    for word in row_words(row):
+        assert re.search(rf"\b{word}\b", text), (row.name, word)
 
 
 @pytest.mark.parametrize(("language", "name"), every_page)
@@ -513,10 +517,7 @@ def test_completion_of_flags():
 def test_completion_of_values(flag):
     """Depois de um argumento vêm as palavras que ele aceita, ou nomes de arquivos, ou nada: nunca outro argumento."""
     row = next(row for row in table if flag in row.flags)
-    if row.name == "ENV_FILE":
-        expected = ["<files>"]
-    else:
-        expected = row.allowed.split(" ou ") if re.fullmatch(r"\w+( ou \w+)+", row.allowed) else []
+    expected = ["<files>"] if row.name == "ENV_FILE" else row_words(row)
     assert complete(flag, "") == expected
     if expected and row.name != "ENV_FILE":
         assert complete(flag, expected[-1][:2]) == [word for word in expected if word.startswith(expected[-1][:2])]

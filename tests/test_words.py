@@ -1,0 +1,166 @@
+"""O que o programa diz a quem errou e a quem chegou na hora errada: frases certas, inteiras, e sem pedaço de segredo."""
+
+import contextlib
+import re
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+import harness
+import support
+
+
+def sentence(done):
+    """Confere um início recusado. Argumentos: done, o harness.finished. Retorno: a frase, sem o começo."""
+    assert (done.status, done.out) == (2, ""), done
+    assert re.fullmatch(r"erro: [^\n]+\n", done.err), done
+    return done.err.removeprefix("erro: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("flag", ["--check", "--version", "--help"])
+def test_argument_that_takes_no_value(flag):
+    """Um valor onde não cabe e a falta de um onde se espera são duas frases diferentes."""
+    assert re.search(r"(^|/)" + flag + ": este argumento não leva valor$", sentence(harness.run_proxy(f"{flag}=1")))
+    for given in ("-p", "--pause"):
+        assert re.search(given + r".*: falta o valor do argumento", sentence(harness.run_proxy(given)))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["-S", "minha", "frase-oculta"],
+        ["-Sminha", "frase-oculta"],
+        ["--secret=minha", "frase-oculta", "-p", "80"],
+        ["--secret", "minha", "--frase-oculta=x"],
+        ["--auth-token", "um", "frase-oculta"],
+        ["-R", "redis://:minha", "frase-oculta@127.0.0.1/1"],
+    ],
+)
+def test_secret_with_spaces_and_no_quotes(flags):
+    """O resto de um segredo sem aspas é um argumento desconhecido que não se mostra; a frase diz o que fazer."""
+    text = sentence(harness.run_proxy(*flags))
+    assert "oculta" not in text and "minha" not in text
+    assert "argumento desconhecido" in text and "aspas" in text
+
+
+def test_typing_error_beside_a_secret():
+    """Um argumento mal escrito ao lado de um segredo ainda ganha o nome do mais parecido."""
+    assert "--port" in sentence(harness.run_proxy("-S", "minha", "--prot=80"))
+
+
+@pytest.mark.parametrize("origins", ["*, http://x.test", "http://x.test *", "*,null"])
+def test_star_among_origins(origins):
+    """Um * no meio de uma lista autorizaria todas as origens, e quem fez a lista não queria isso."""
+    text = sentence(harness.run_proxy("--cors-origin", origins, env={"ENV_FILE": "/dev/null"}))
+    assert text.startswith(f"CORS_ORIGIN: o valor {origins!r} (argumento --cors-origin) não é válido")
+
+
+def test_lists_of_words():
+    """As palavras permitidas saem como se escrevem em português: a, b, c ou d."""
+    table = {row.name: row for row in harness.load_program().settings}
+    assert table["LOG_LEVEL"].allowed == "debug, info, warning ou error"
+    assert table["HTTP_SERVER"].allowed == "flask ou waitress"
+
+
+def test_settings_file_has_its_own_group():
+    """O arquivo de configurações não é assunto do log: na ajuda, tem o seu próprio título."""
+    text = harness.run_proxy("--help").out
+    assert re.search(r"(?m)^Arquivo:\n  -f ", text), text
+    assert re.search(r"(?m)^Log:\n  --log-level (?:.*\n)  {10,}[^-]*\n\n", text), text
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_number_of_streams(count, start_proxy, host, connect, worker):
+    """A linha da parada concorda com o número de streams."""
+    proxy = start_proxy("--drain", 100)
+    if count:
+        support.open_streams(connect, proxy, worker, count)
+    proxy.signal(signal.SIGTERM)
+    assert proxy.wait() == 0
+    words = {0: "nenhum stream vivo", 1: "1 stream tem até 100 ms", 2: "2 streams têm até 100 ms"}[count]
+    assert re.search(rf"(?m)^parando: {words}", proxy.log()), proxy.log()
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_limit_of_streams(limit, start_proxy, host, connect, worker):
+    """A frase do 503 concorda com MAX_STREAMS."""
+    proxy = start_proxy("--max-streams", limit)
+    pairs = support.open_streams(connect, proxy, worker, limit)
+    refused = connect(proxy).request("POST", "/").response()
+    words = {1: "1 stream simultâneo", 2: "2 streams simultâneos"}[limit]
+    assert words in refused.json()["message"]
+    for response, task in pairs:
+        task.finish()
+        assert response.lines() == []
+
+
+class holder(support.relay):
+    """Intermediário que segura o primeiro pedido com um trecho dado, e tudo o que vem depois, até ser solto."""
+
+    def __init__(self, port, needle):
+        """Começa a repassar. Argumentos: port, a porta do Redis; needle, bytes procurados nos pedidos."""
+        self.awaited = needle
+        self.held, self.loose = threading.Event(), threading.Event()
+        super().__init__(port)
+
+    def forward(self, sock, other, is_request):
+        """Repassa um trecho, quando pode. Argumentos: os de relay.forward."""
+        if is_request and not self.held.is_set() and self.awaited in sock.recv(1 << 20, socket.MSG_PEEK):
+            self.held.set()
+            self.loose.wait(10)
+        super().forward(sock, other, is_request)
+
+    def close(self):
+        """Solta o que segura e fecha."""
+        self.loose.set()
+        super().close()
+
+
+def stop_amid_requests(start_proxy, connect, server):
+    """Para um proxy com pedidos a caminho do Redis, e confere cada recusa.
+
+    Com o proxy parado, os pedidos se juntam; solto, fazem juntos o PING, e o Redis se cala no primeiro PUBLISH: os que
+    ficam na fila do coletor, a ordem de parar os alcança.
+
+    Argumentos:
+        start_proxy, connect: os acessórios.
+        server: o harness.redis_server.
+
+    Retorno:
+        Quantos pedidos foram apanhados na fila (os outros começaram, ou foram recusados à porta).
+    """
+    with contextlib.closing(holder(server.port, b"PUBLISH")) as middle:
+        proxy = start_proxy("--drain", 0, env={"REDIS_SERVER": middle.address})
+        proxy.freeze()
+        crowd = [connect(proxy).request("POST", "/") for _ in range(60)]
+        proxy.thaw()
+        assert middle.held.wait(10)
+        proxy.signal(signal.SIGTERM)
+        proxy.wait_log("parando")
+        # A ordem de parar segue essa linha; o Redis calado por 2 s seria dado por morto.
+        time.sleep(0.3)
+        middle.loose.set()
+        for conn in crowd:
+            # Quem nem foi aceito antes da parada é cortado, ou fica sem resposta.
+            with contextlib.suppress(ConnectionResetError, harness.broken):
+                response = conn.response()
+                if response.status == 503:
+                    assert response.json()["error"] == "shutdown"
+                    assert (response.header("Retry-After") or "").isdigit(), response.head
+        assert proxy.wait() == 0
+        return len([row for row in support.finished_rows(proxy) if row["fim"] == "erro"])
+
+
+def test_refused_while_stopping(start_proxy, host, connect, redis_main, db):
+    """Um pedido apanhado pela parada já a caminho do Redis recebe 503, Retry-After e shutdown, e não deixa chaves."""
+    # Quantos pedidos cabem na ida que é segura depende da sorte; às vezes, todos.
+    caught = 0
+    for _ in range(10):
+        caught += stop_amid_requests(start_proxy, connect, redis_main)
+        assert db.keys("*") == []
+        if caught:
+            break
+    assert caught
