@@ -984,6 +984,9 @@ def reason(error):
     """
     cause = error
     while cause is not None and not isinstance(cause, redis.ResponseError | redis.AuthenticationError):
+        if isinstance(cause, redis.sentinel.MasterNotFoundError):
+            # As palavras deste trazem tudo o que há nas conexões, a senha inclusive.
+            return "nenhuma sentinela diz quem é o mestre"
         if isinstance(cause, ssl.SSLError):
             # O errno destes não é um errno.
             return f"falha de TLS ({getattr(cause, 'verify_message', None) or cause.reason or cause})"

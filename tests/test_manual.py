@@ -449,7 +449,7 @@ def test_contract_is_the_program_s(language):
     """Códigos de erro, campos e frases do log, razões do fim e palavras de fim são os do programa."""
     clients, workers = (section(language, names[0], number) for number in (4, 5))
     codes = [tag.split() for tag, _ in entries(clients)]
-    assert len(codes) == 9
+    assert len(codes) == 10
     for status, code in codes:
         assert re.search(rf'{status}[,:].{{0,60}}"{code}"|"{code}"', source), (status, code)
     text = " ".join(item.text for item in workers)

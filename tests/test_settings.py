@@ -685,6 +685,14 @@ def test_redis_wrong_password(given, host, tmp_path, start_redis):
     assert "certa" not in sentence
 
 
+def test_no_master(host, tmp_path):
+    """Sentinelas que não atendem: uma frase que diz isso, e não a lista de tudo o que há nas conexões; código 1."""
+    address = "sentinel://eu:segredo@127.0.0.1:1,127.0.0.1:2/mestre/1"
+    sentence = start_failure(host, tmp_path, address)
+    shown = address.replace("eu:segredo@", "")
+    assert sentence == f"erro: REDIS_SERVER: o Redis em {shown} não atende: nenhuma sentinela diz quem é o mestre"
+
+
 def test_redis_without_tls(host, tmp_path, start_proxy):
     """TLS para quem não fala TLS: uma frase que diz isso, código 1."""
     # O servidor do Flask responde na hora a qualquer coisa.
