@@ -240,6 +240,18 @@ def swarm(port, talks, width=64, patience=3.0, limit=15.0):
     return done
 
 
+# Encerra uma tarefa só se ela ainda existe: quem já saiu deixaria para trás uma lista que ninguém apaga.
+finish_script = """
+local raw = redis.call('GET', KEYS[1])
+if raw then
+  local list = ARGV[2] .. string.sub(KEYS[1], #ARGV[1] + 1)
+  for i = 3, #ARGV do redis.call('RPUSH', list, ARGV[i]) end
+  redis.call('DEL', KEYS[1])
+end
+return raw
+"""
+
+
 class finisher(threading.Thread):
     """Worker que toma nota de toda tarefa publicada e a encerra na hora, com as linhas dadas."""
 
@@ -275,14 +287,8 @@ class finisher(threading.Thread):
         Argumentos:
             key: a chave publicada.
         """
-        raw = self.client.get(key)
+        raw = self.client.eval(finish_script, 1, key, harness.default_prefix, harness.default_list_prefix, *self.lines)
         self.seen[key.removeprefix(harness.default_prefix)] = None if raw is None else json.loads(raw)
-        if raw is not None and self.client.exists(key):
-            task = harness.task(self.client, key, raw)
-            task.finish(*self.lines)
-            # A tarefa cujo cliente já tinha saído ganharia uma lista que ninguém apaga.
-            if self.lines:
-                harness.eventually(lambda: not self.client.exists(task.list), 10, "lista entregue ou apagada")
 
     def close(self):
         """Para e espera a linha de execução; uma falha dela é uma falha da prova."""

@@ -82,7 +82,7 @@ def task_problems(info):
         *info["headers"],
         *info["headers"].values(),
     ]
-    return [f"a tarefa leva {text!r}" for text in texts if re.search(r"[\r\n\0]", text)]
+    return [f"{text!a}" for text in texts if re.search(r"[\r\n\0]", text)]
 
 
 def log_problems(proxy, names):
@@ -96,7 +96,8 @@ def log_problems(proxy, names):
         Lista de frases.
     """
     text = proxy.log()
-    problems = [f"linha de log: {line[:200]}" for line in text.split("\n") if line and not known_lines.fullmatch(line)]
+    strange = [line[:200] for line in text.split("\n") if line and not known_lines.fullmatch(line)]
+    problems = [f"{len(strange)} linhas estranhas: {strange[:5]}"] if strange else []
     problems += [f"caractere cru no log: {each!r}" for each in set(text) if not each.isprintable() and each != "\n"]
     if "Traceback" in text:
         problems.append("Traceback no log")
@@ -132,7 +133,7 @@ def judge(talks, seen, verdicts, logged):
         verdicts: dicionário de rótulo para destino.
         logged: frases de log_problems.
     """
-    found, accepted = {f"no log: {problem}": ["o log"] for problem in logged}, set()
+    found, accepted = {"no log": logged} if logged else {}, set()
     for talk in talks:
         accepted |= {answer.header("X-Task-Name") for answer in talk.answers} - {None}
         for problem in talk_problems(talk, verdicts[talk.label]):
@@ -141,7 +142,7 @@ def judge(talks, seen, verdicts, logged):
             found.setdefault(kind, []).append(f"{talk.label}: {talk.payload[:160]!r}")
     for info in seen.values():
         for problem in task_problems(info) if info is not None else ():
-            found.setdefault(problem, []).append(f"{info['method']} {info['path'][:60]}")
+            found.setdefault("uma tarefa leva CR, LF ou NUL", []).append(problem)
     # O que foi publicado é o que foi aceito, nem mais nem menos.
     for name in set(seen) - accepted:
         found.setdefault("publicado sem ter sido aceito", []).append(str(seen[name])[:200])

@@ -1,0 +1,174 @@
+"""O cliente que some em qualquer byte da conversa, do primeiro do pedido ao último da resposta."""
+
+import contextlib
+import queue
+import socket
+import struct
+import threading
+import time
+
+import peers
+
+import harness
+import support
+
+body = b'{"prompt": "oi"}'
+extra = b"Content-Type: application/json\r\nConnection: close\r\n"
+plain = b"POST /corte HTTP/1.1\r\nHost: proxy.test\r\n%sContent-Length: %d\r\n\r\n%s" % (extra, len(body), body)
+chunked = b"POST /corte HTTP/1.1\r\nHost: proxy.test\r\n%sTransfer-Encoding: chunked\r\n\r\n" % extra
+chunked += b"5\r\nabcde\r\n3;x=y\r\nfgh\r\n0\r\nX-T: 1\r\n\r\n"
+old = b"GET /corte HTTP/1.0\r\n\r\n"
+requests = [plain, chunked, old]
+
+# O que o worker entrega a cada tarefa antes de encerrá-la.
+lines = ['{"n": 1}', "a" * 300, '{"n": 3}']
+
+# Modos de sumir: o fim comum, a queda, e só o lado de envio (que para nós também é sair).
+ways = ["fim", "queda", "meio"]
+
+
+def whole_answer(port, request):
+    """Faz o pedido e lê a resposta inteira.
+
+    Argumentos:
+        port: porta do proxy.
+        request: os bytes do pedido.
+
+    Retorno:
+        Número de bytes da resposta (int).
+    """
+    with contextlib.closing(harness.connection(port)) as conn:
+        conn.send(request)
+        conn.sock.settimeout(10)
+        size = 0
+        while data := conn.sock.recv(65536):
+            size += len(data)
+        return size
+
+
+def points(sizes, count):
+    """Reparte os pontos de corte: todo byte de todo pedido e de toda resposta, ou uma amostra igualmente espaçada.
+
+    Argumentos:
+        sizes: tamanho da resposta a cada pedido, na ordem de requests.
+        count: quantos pontos.
+
+    Retorno:
+        Lista de (pedido, bytes enviados, bytes lidos, modo).
+    """
+    every = []
+    for request, size in zip(requests, sizes, strict=True):
+        every += [(request, sent, 0) for sent in range(len(request) + 1)]
+        every += [(request, len(request), read) for read in range(1, size + 1)]
+    chosen = [every[number * len(every) // count % len(every)] for number in range(count)]
+    return [(*point, ways[number % len(ways)]) for number, point in enumerate(chosen)]
+
+
+def leave(sock, way):
+    """Some.
+
+    Argumentos:
+        sock: o soquete, que fica fechado.
+        way: um de ways.
+    """
+    if way == "queda":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    elif way == "meio":
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(20)
+        with contextlib.suppress(ConnectionError):
+            while sock.recv(65536):
+                pass
+    sock.close()
+
+
+def cut(port, request, sent, read, way):
+    """Envia uma parte do pedido, lê uma parte da resposta e some.
+
+    Argumentos:
+        port: porta do proxy.
+        request: os bytes do pedido.
+        sent: quantos enviar.
+        read: quantos ler.
+        way: modo de sumir.
+    """
+    sock = socket.socket()
+    sock.settimeout(20)
+    sock.connect(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Em dois envios: o corte também cai entre dois recebimentos do proxy.
+    for part in (request[: sent // 2], request[sent // 2 : sent]):
+        if part:
+            sock.sendall(part)
+    left = read
+    while left:
+        data = sock.recv(left)
+        if not data:
+            break
+        left -= len(data)
+    leave(sock, way)
+    assert not left, f"a resposta acabou {left} bytes antes do esperado"
+
+
+def run_cuts(port, jobs, width=12):
+    """Faz todos os cortes, alguns ao mesmo tempo.
+
+    Argumentos:
+        port: porta do proxy.
+        jobs: lista de points.
+        width: quantos ao mesmo tempo.
+
+    Retorno:
+        Lista de (ponto, falha).
+    """
+    todo, failures = queue.SimpleQueue(), []
+    for job in jobs:
+        todo.put(job)
+
+    def work():
+        """Faz cortes até que acabem."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = todo.get_nowait()
+                try:
+                    cut(port, *job)
+                except (OSError, AssertionError) as error:
+                    failures.append((job, repr(error)))
+
+    threads = [threading.Thread(target=work) for _ in range(width)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failures
+
+
+@peers.counted(240, 2000, "cortes")
+def test_disconnect_at_every_byte(count, start_proxy, host, redis_main, db):
+    """Some-se em cada byte de três formas de pedido e de resposta: as chaves somem, as linhas de execução e os soquetes
+    voltam, cada tarefa tem a sua linha de log, e quem não terminou de pedir não pediu nada."""
+    # Com a pausa, quem some entre duas linhas some com o streaming em curso.
+    proxy = start_proxy("-P", 20)
+    rest = peers.warm(proxy)
+    with peers.finishing(redis_main, *lines) as finisher:
+        sizes = [whole_answer(proxy.port, request) for request in requests]
+        jobs = points(sizes, count)
+        began = time.monotonic()
+        failures = run_cuts(proxy.port, jobs)
+        harness.eventually(lambda: not db.keys("*"), 10, "Redis sem chaves")
+        took = time.monotonic() - began
+        whole = sum(1 for request, sent, *_ in jobs if sent == len(request))
+        # Entre o pedido inteiro e o SET o proxy já pode saber que o cliente saiu: menos tarefas que pedidos é permitido.
+        published = len(finisher.seen) - len(requests)
+        peers.say(f"{count} cortes em {took:.1f} s ({host}): {whole} pedidos inteiros, {published} tarefas")
+        assert not failures, failures[:3]
+        assert published <= whole
+        harness.eventually(lambda: len(support.finished_rows(proxy)) >= len(finisher.seen), 10, "uma linha por tarefa")
+        rows = support.finished_rows(proxy)
+        assert sorted(row["tarefa"] for row in rows) == sorted(finisher.seen)
+        assert {row["fim"] for row in rows} <= {"concluida", "cliente"}
+    assert [line for line in proxy.log().splitlines() if not line.startswith(("pronto:", "tarefa="))] == []
+    assert max(peers.ping_times(proxy.port, 0.3)) < 2
+    back = peers.settle(proxy, rest)
+    peers.say(f"linhas de execução e soquetes de volta ao repouso ({rest}) em {back:.1f} s")
