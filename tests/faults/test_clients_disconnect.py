@@ -167,7 +167,7 @@ def test_disconnect_at_every_byte(count, start_proxy, host, redis_main, db):
         harness.eventually(lambda: len(support.finished_rows(proxy)) >= len(finisher.seen), 10, "uma linha por tarefa")
         rows = support.finished_rows(proxy)
         assert sorted(row["tarefa"] for row in rows) == sorted(finisher.seen)
-        assert {row["fim"] for row in rows} <= {"concluida", "cliente"}
+        assert {row["fim"] for row in rows} == {"concluida", "cliente"}
     assert [line for line in proxy.log().splitlines() if not line.startswith(("pronto:", "tarefa="))] == []
     assert max(peers.ping_times(proxy.port, 0.3)) < 2
     back = peers.settle(proxy, rest)
