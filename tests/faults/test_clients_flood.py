@@ -1,0 +1,194 @@
+"""A enxurrada: mais clientes que MAX_STREAMS, e mais conexões que descritores. Recusa-se o excesso, e tudo volta."""
+
+import collections
+import contextlib
+import resource
+import time
+
+import peers
+import pytest
+
+import harness
+import support
+
+
+@pytest.fixture
+def start_limited(start_proxy, monkeypatch):
+    """Fábrica de proxies que nascem com poucos descritores: start_limited(limite, *flags), como o LimitNOFILE do systemd.
+
+    Retorno:
+        Função que devolve um harness.proxy_process.
+    """
+
+    def start(limit, *flags, **options):
+        """Inicia um. Argumentos: limit, o de descritores; os demais, de start_proxy. Retorno: o proxy."""
+        plain = harness.background.spawn
+        wrapper = ["prlimit", f"--nofile={limit}:{limit}", "--"]
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                harness.background, "spawn", lambda self, command, env: plain(self, [*wrapper, *command], env)
+            )
+            return start_proxy(*flags, **options)
+
+    return start
+
+
+def flood(connect, proxy, count, timeout=10.0):
+    """Faz muitos pedidos ao mesmo tempo e espera a resposta de cada um.
+
+    Argumentos:
+        connect: o acessório de mesmo nome.
+        proxy: o proxy.
+        count: quantos.
+        timeout: prazo para todas as respostas, em segundos.
+
+    Retorno:
+        Par (respostas 200, contagem dos status), com os recusados já fechados.
+    """
+    opened = [connect(proxy) for _ in range(count)]
+    for number, conn in enumerate(opened):
+        conn.request("POST", f"/{number}")
+    limit, accepted, statuses = time.monotonic() + peers.scale(timeout, 4 * timeout), [], collections.Counter()
+    for conn in opened:
+        answer = conn.response(max(0.01, limit - time.monotonic()))
+        statuses[answer.status] += 1
+        if answer.status == 200:
+            accepted.append(answer)
+        else:
+            assert answer.status == 503, answer.head
+            assert answer.json()["error"] == "too_many_streams"
+            assert int(answer.header("Retry-After")) > 0
+            conn.close()
+    return accepted, statuses
+
+
+def finish_all(worker, accepted):
+    """Encerra todos os streams abertos e confere que cada um recebe a sua linha.
+
+    Argumentos:
+        worker: o harness.worker.
+        accepted: as respostas 200.
+    """
+    for _ in accepted:
+        task = worker.next()
+        task.finish(task.name)
+    for answer, lines in zip(accepted, harness.read_all(accepted), strict=True):
+        assert lines == [answer.header("X-Task-Name").encode()]
+        answer.conn.close()
+    worker.idle()
+
+
+def other_lines(proxy):
+    """Lê do log o que não é o fim de uma tarefa. Argumentos: o proxy. Retorno: lista de linhas."""
+    return [line for line in proxy.log().splitlines() if not line.startswith("tarefa=")]
+
+
+@peers.counted(400, 3000, "pedidos")
+def test_flood_past_max_streams(count, start_proxy, host, connect, worker):
+    """Três enxurradas seguidas: de cada vez MAX_STREAMS são atendidos e todos os outros recebem 503; /ping responde; o
+    log não cresce com as recusas; as linhas de execução voltam."""
+    peers.allow_descriptors(count + 500)
+    places = count // 10
+    proxy = start_proxy("--max-streams", places, "-P", 0)
+    rest = peers.warm(proxy)
+    for _ in range(3):
+        accepted, statuses = flood(connect, proxy, count)
+        assert statuses == {200: places, 503: count - places}
+        pings = peers.ping_times(proxy.port, 0.2)
+        peers.say(f"{count} pedidos ({host}): {dict(statuses)}; /ping no limite: {peers.spread(pings)}")
+        finish_all(worker, accepted)
+    assert len(other_lines(proxy)) <= 2, other_lines(proxy)[:5]
+    back = peers.settle(proxy, rest)
+    peers.say(f"linhas de execução e soquetes de volta ao repouso em {back:.1f} s")
+
+
+@peers.counted(300, 2000, "clientes")
+def test_flood_past_the_descriptor_limit(count, start_limited, host, connect, worker):
+    """O processo pode abrir menos descritores do que MAX_STREAMS pede: cada cliente é atendido ou recebe 503, ninguém
+    fica sem resposta, /ping responde, o processador não gira à toa, e depois tudo volta."""
+    peers.allow_descriptors(count + 500)
+    limit = count // 2
+    proxy = start_limited(limit, "-P", 0)
+    rest = peers.warm(proxy)
+    for _ in range(2):
+        accepted, statuses = flood(connect, proxy, count)
+        before = peers.processor(proxy.pid)
+        pings = peers.ping_times(proxy.port, 1.0)
+        busy = peers.processor(proxy.pid) - before
+        peers.say(
+            f"{count} conexões, {limit} descritores ({host}): {dict(statuses)}; /ping no limite: {peers.spread(pings)}; "
+            f"{busy:.2f} s de processador em 1 s"
+        )
+        assert statuses[200] >= limit // 3 and statuses[503] > 0, statuses
+        assert busy < 0.6
+        finish_all(worker, accepted)
+    assert len(other_lines(proxy)) <= 5, other_lines(proxy)[:8]
+    back = peers.settle(proxy, rest)
+    peers.say(f"linhas de execução e soquetes de volta ao repouso em {back:.1f} s")
+
+
+@contextlib.contextmanager
+def starved(proxy, spare):
+    """Deixa um proxy vivo com poucos descritores livres durante um bloco (EMFILE de verdade).
+
+    Argumentos:
+        proxy: o proxy.
+        spare: quantos ele ainda pode abrir.
+    """
+    old = resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (peers.descriptors(proxy.pid) + spare, old[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, old)
+
+
+@peers.counted(60, 1000, "clientes")
+def test_out_of_descriptors(count, start_redis, start_proxy, host, connect, start_worker):
+    """Sem nenhum descritor livre, o streaming em curso segue, o processador não gira à toa e o log diz em uma linha; a
+    conexão com o Redis, perdida nessa hora, volta depois; e cada conexão que esperava é atendida."""
+    peers.allow_descriptors(count + 500)
+    server = start_redis()
+    proxy = start_proxy("-P", 0, redis=server)
+    worker = start_worker(server.client())
+    response, task = support.open_stream(connect, proxy, worker)
+    with starved(proxy, 10):
+        # Quem conecta e não pede nada ocupa os que restam; os outros esperam na fila do sistema.
+        holders = [connect(proxy) for _ in range(20)]
+        waiting = [connect(proxy) for _ in range(count)]
+        for conn in waiting:
+            conn.request("GET", "/ping", {"Connection": "close"})
+            conn.expect()
+        # Quem não dissesse nada no log reprovaria no fim da prova.
+        with contextlib.suppress(AssertionError):
+            proxy.wait_log("faltam descritores", 2)
+        before = peers.processor(proxy.pid)
+        response.conn.silent(1)
+        busy = peers.processor(proxy.pid) - before
+        task.push("durante")
+        assert response.line() == b"durante"
+        rows = harness.eventually(lambda: server.clients_named("py-ndjson-proxy"), 5, "conexão com o Redis")
+        worker.client.execute_command("CLIENT", "KILL", "ID", rows[0]["id"])
+    for conn in holders:
+        conn.close()
+    for conn in waiting:
+        conn.read_until(lambda conn=conn: conn.current.ended, 20, "a resposta de quem esperava")
+        assert conn.current.status in (200, 500), conn.current.head
+        conn.close()
+    harness.eventually(lambda: server.clients_named("py-ndjson-proxy"), 10, "conexão com o Redis de volta")
+    task.finish("depois")
+    assert response.lines() == [b"depois"]
+    lines = [
+        line
+        for line in other_lines(proxy)
+        if not line.startswith(("pronto:", "Redis de volta", "aviso: Redis", "erro: Redis"))
+    ]
+    peers.say(
+        f"{count} conexões sem descritor ({host}): {busy:.2f} s de processador em 1 s; {len(lines)} linhas de log"
+    )
+    assert busy < 0.6, f"{busy:.2f} s de processador em 1 s sem nada a fazer"
+    assert len(lines) <= 2 and any("descritores" in line for line in lines), lines[:5]
+    again = support.open_streams(connect, proxy, worker, 20)
+    for each, own in again:
+        own.finish("ok")
+        assert each.lines() == [b"ok"]
