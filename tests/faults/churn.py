@@ -126,7 +126,7 @@ class producer(threading.Thread):
             try:
                 wish = json.loads(info["body"])
             except ValueError:
-                self.wrong.append(f"tarefa de um pedido incompleto: {info['headers']} {info['body']!r}")
+                self.wrong.append(("tarefa de um pedido incompleto", f"{info['headers']} {info['body']!r}"))
                 self.client.delete(key)
                 return
             self.schedule(key, info["task_list"], 0, wish["total"], wish["pace"])
@@ -282,11 +282,12 @@ class crowd(threading.Thread):
         self.statuses[status] += 1
         if status == 200 and each.way == "fica" and not each.lines_are_right():
             lines = [bytes(line)[:60] for line in each.answers[0].all_lines]
-            self.wrong.append(f"{now - each.began:.0f} s, {len(lines)} de {each.total} linhas, acaba em {lines[-2:]}")
+            seen = f"{len(lines)} de {each.total} linhas em {now - each.began:.0f} s, acaba em {lines[-2:]}"
+            self.wrong.append(("linhas perdidas, repetidas ou fora de ordem, ou sem fim", seen))
         elif status not in (200, None) and not (status in (500, 504) and self.cut_recent(each, now)):
-            self.wrong.append(f"{each.way}: status {status} longe de um corte")
+            self.wrong.append((f"status {status} longe de um corte", each.way))
         elif status is None and each.way == "fica":
-            self.wrong.append(f"sem resposta em {now - each.began:.0f} s")
+            self.wrong.append(("sem resposta", f"em {now - each.began:.0f} s"))
 
     def cut_recent(self, each, now):
         """Diz se a visita toca o tempo de um corte (bool). Argumentos: o visitor e o instante."""
@@ -386,9 +387,9 @@ class soak:
         for each in self.people:
             each.join(150)
             name = each.proxy.server
-            self.wrong += [f"{name}: {text}" for text in each.wrong]
+            self.wrong += [(f"{name}: {kind}", seen) for kind, seen in each.wrong]
             if each.is_alive() or each.failure:
-                self.wrong.append(f"{name}: a multidão não acabou: {each.failure}")
+                self.wrong.append((f"{name}: a multidão não acabou", str(each.failure)))
             print(f"{'':>10}  {name:<9} saíram {dict(each.ended)}; status {dict(each.statuses)}", flush=True)
 
     def rest(self, moment, limits=None):
@@ -448,7 +449,8 @@ class soak:
         self.leave()
         end = self.rest("fim", start)
         self.wrong += self.producer.wrong
-        problems = self.wrong[:20]
+        counts, examples = collections.Counter(kind for kind, _ in self.wrong), dict(reversed(self.wrong))
+        problems = [f"{kind}: {count} vezes; por exemplo {examples[kind]}" for kind, count in counts.items()]
         for proxy in self.proxies:
             found = rest_problems(start[proxy], end[proxy]) + load_problems(self.rows[proxy])
             found += ["traceback no log"] * ("Traceback" in proxy.log())

@@ -400,34 +400,46 @@ def warm(proxy, count=4):
         count: quantos /ping ao mesmo tempo.
 
     Retorno:
-        Par (linhas de execução, soquetes) em repouso.
+        Par (linhas de execução, descritores) em repouso.
     """
-    start = proxy.threads(), proxy.sockets()
+    start = proxy.threads(), descriptors(proxy.pid)
     opened = [harness.connection(proxy.port) for _ in range(count)]
     for conn in opened:
         conn.request("GET", "/ping")
     for conn in opened:
         assert conn.response().body() == b"pong"
         conn.close()
-    harness.eventually(lambda: proxy.sockets() <= start[1] and proxy.threads() <= start[0], 15, "proxy em repouso")
+    settle(proxy, start)
     return start
 
 
 def settle(proxy, rest, seconds=15.0):
-    """Espera as linhas de execução e os soquetes voltarem ao repouso.
+    """Espera as linhas de execução e os descritores (soquetes inclusive) voltarem ao repouso.
 
-    Uma linha de execução livre espera alguns segundos por outro cliente; o waitress guarda as que criou, mas não mais
-    que o pico de clientes simultâneos, e por isso a prova que o quer diz o seu teto.
+    Uma linha de execução livre espera alguns segundos por outro cliente antes de sair.
 
     Argumentos:
         proxy: o harness.proxy_process.
-        rest: par (linhas de execução, soquetes) aceitável.
+        rest: par (linhas de execução, descritores) aceitável.
         seconds: prazo.
 
     Retorno:
         Segundos que levou.
     """
     began = time.monotonic()
-    harness.eventually(lambda: proxy.sockets() <= rest[1], seconds, f"soquetes de volta a {rest[1]}")
-    harness.eventually(lambda: proxy.threads() <= rest[0], seconds, f"linhas de execução de volta a {rest[0]}")
+
+    def seen():
+        """Diz o que há agora e o que devia haver (str), ou vazio se está em repouso."""
+        now = proxy.threads(), descriptors(proxy.pid)
+        return (
+            f"{now} (linhas de execução, descritores); em repouso, {rest}"
+            if now[0] > rest[0] or now[1] > rest[1]
+            else ""
+        )
+
+    try:
+        harness.eventually(lambda: not seen(), seconds)
+    except AssertionError:
+        if problem := seen():
+            raise AssertionError(f"depois de {seconds} s, {problem}") from None
     return time.monotonic() - began

@@ -171,4 +171,4 @@ def test_disconnect_at_every_byte(count, start_proxy, host, redis_main, db):
     assert [line for line in proxy.log().splitlines() if not line.startswith(("pronto:", "tarefa="))] == []
     assert max(peers.ping_times(proxy.port, 0.3)) < 2
     back = peers.settle(proxy, rest)
-    peers.say(f"linhas de execução e soquetes de volta ao repouso ({rest}) em {back:.1f} s")
+    peers.say(f"linhas de execução e descritores de volta ao repouso ({rest}) em {back:.1f} s")

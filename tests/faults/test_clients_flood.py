@@ -99,7 +99,7 @@ def test_flood_past_max_streams(count, start_proxy, host, connect, worker):
         finish_all(worker, accepted)
     assert len(other_lines(proxy)) <= 2, other_lines(proxy)[:5]
     back = peers.settle(proxy, rest)
-    peers.say(f"linhas de execução e soquetes de volta ao repouso em {back:.1f} s")
+    peers.say(f"linhas de execução e descritores de volta ao repouso em {back:.1f} s")
 
 
 @peers.counted(300, 2000, "clientes")
@@ -124,7 +124,7 @@ def test_flood_past_the_descriptor_limit(count, start_limited, host, connect, wo
         finish_all(worker, accepted)
     assert len(other_lines(proxy)) <= 5, other_lines(proxy)[:8]
     back = peers.settle(proxy, rest)
-    peers.say(f"linhas de execução e soquetes de volta ao repouso em {back:.1f} s")
+    peers.say(f"linhas de execução e descritores de volta ao repouso em {back:.1f} s")
 
 
 @contextlib.contextmanager

@@ -172,7 +172,7 @@ def test_half_open(count, start_proxy, host, connect, worker):
     worker.idle()
     assert len(proxy.log().splitlines()) == 3, proxy.log()
     back = peers.settle(proxy, rest)
-    peers.say(f"linhas de execução e soquetes de volta ao repouso em {back:.1f} s")
+    peers.say(f"linhas de execução e descritores de volta ao repouso em {back:.1f} s")
 
 
 def test_slow_but_in_time(start_proxy, host, connect, worker):

@@ -148,4 +148,4 @@ def test_readers_that_never_read(count, patience, start_proxy, host, connect, wo
         task.finish()
         assert response.lines() == []
         back = peers.settle(proxy, rest)
-        peers.say(f"linhas de execução e soquetes de volta ao repouso em {back:.1f} s")
+        peers.say(f"linhas de execução e descritores de volta ao repouso em {back:.1f} s")
