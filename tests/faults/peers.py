@@ -70,7 +70,7 @@ def say(text):
     Argumentos:
         text: a frase.
     """
-    print(f"medida: {text}")
+    print(f"contado: {text}")
 
 
 def allow_descriptors(wanted):
