@@ -64,6 +64,7 @@ import struct
 import sys
 import threading
 import time
+import types
 import typing
 import urllib.parse
 import uuid
@@ -2642,8 +2643,10 @@ ended_error = "erro"
 class stream_gate:
     """Conta os streams vivos e limita quantos podem existir."""
 
+    limit = 0
+
     def __init__(self):
-        """Começa aberto e vazio."""
+        """Começa aberto e vazio; o limite é dado por raise_descriptor_limit."""
         self.changed = threading.Condition()
         self.alive = self.served = 0
         self.closed = False
@@ -2652,10 +2655,10 @@ class stream_gate:
         """Reserva o lugar de um stream.
 
         Retorna:
-            bool: falso se já há MAX_STREAMS streams ou se o serviço está parando.
+            bool: falso se já há limit streams ou se o serviço está parando.
         """
         with self.changed:
-            if self.closed or self.alive >= MAX_STREAMS:
+            if self.closed or self.alive >= self.limit:
                 return False
             self.alive += 1
             return True
@@ -3222,7 +3225,7 @@ def streaming():
     if not gate.enter():
         if gate.closed:
             return stopping_response()
-        limit = plural(MAX_STREAMS, "stream simultâneo", "streams simultâneos")
+        limit = plural(gate.limit, "stream simultâneo", "streams simultâneos")
         return error_response(503, "too_many_streams", f"o limite de {limit} foi atingido", retry_later)
     try:
         return start_stream(request, body)
@@ -3333,6 +3336,14 @@ client_timeout = 60
 sweep_interval = 1.0
 # Bytes que o waitress guarda de uma resposta antes de fazer a thread esperar.
 high_watermark = 1048576
+# Descritores usados pelo próprio programa, com folga, e os que ficam para responder
+# 503 e /ping.
+own_descriptors = 32
+refusal_descriptors = 64
+# Tempo, em segundos, que uma conexão recusada tem para ler a resposta.
+discard_patience = 1.0
+# Pausa, em segundos, antes de aceitar de novo, se faltam descritores.
+accept_pause = 0.1
 # Tempo, em segundos, que uma thread do servidor do Flask espera por outro cliente.
 thread_patience = 2
 last_chunk = b"0\r\n\r\n"
@@ -3515,7 +3526,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
 
     def setup(self):
         """Prepara a conexão."""
-        self.is_late, self.head = False, b""
+        self.is_late, self.is_unread, self.head = False, False, b""
         self.live.add(self)
         super().setup()
         self.receiving[self] = time.monotonic() + REQUEST_TIMEOUT / 1000
@@ -3527,10 +3538,24 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         try:
             super().finish()
         finally:
+            if self.is_unread:
+                self.discard()
             self.received()
             self.live.discard(self)
             # O ambiente aponta para cá: o ciclo só seria desfeito pelo coletor de lixo.
             vars(self).pop("environ", None)
+
+    def discard(self):
+        """Descarta o que o cliente ainda envia, para que ele possa ler a resposta.
+
+        Fechar com bytes por ler apagaria a resposta a caminho (RST).
+        """
+        deadline = time.monotonic() + discard_patience
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            set_deadline(self.connection, discard_patience)
+            while time.monotonic() < deadline and self.connection.recv(read_size):
+                pass
 
     def received(self):
         """Anota que a requisição chegou inteira, ou que não é mais esperada.
@@ -3538,6 +3563,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         Retorna:
             bool: falso se o prazo já tinha vencido.
         """
+        self.is_unread = False
         return self.receiving.pop(self, None) is not None
 
     def version_string(self):
@@ -3561,6 +3587,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         environ = super().make_environ()
         environ["ndjson.target"] = self.requestline.split()[1]
         environ["ndjson.handler"] = self
+        self.is_unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         if environ.get("wsgi.input_terminated"):
             environ["wsgi.input"] = chunked_input(self.rfile)
         return environ
@@ -3574,16 +3601,20 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         if self.raw_requestline == b"\r\n":
             # Sobra de quem envia um CRLF depois do corpo (RFC 9112, 2.2).
             self.raw_requestline = self.rfile.readline(line_limit + 1)
-        rows = self.read_headers()
-        head = self.head = self.raw_requestline + b"".join(rows[:-1])
+        self.head = self.raw_requestline
+        status = line_error(self.head.removesuffix(b"\r\n"))
+        # Quem não fala HTTP, como quem fala TLS, não enviaria mais nada; já um erro de
+        # método precisa do Origin, para que a página possa lê-lo.
+        rows = self.read_headers() if status in (0, 405) else []
+        self.head += b"".join(rows[:-1])
         if self.is_late:
             status = 408
-        elif not rows or rows[-1] != b"\r\n":
-            # Ou o cliente parou no meio, ou passou do limite.
+        elif not status and rows[-1] != b"\r\n":
+            # Ou passou do limite, ou o cliente parou no meio.
             is_large = sum(map(len, rows)) > headers_limit or len(rows) > header_count
-            status = line_error(self.raw_requestline.removesuffix(b"\r\n")) or (431 if is_large else 400)
-        else:
-            status = 400 if bare_break.search(head) else head_error(head)
+            status = 431 if is_large else 400
+        elif not status:
+            status = 400 if bare_break.search(self.head) else head_error(self.head)
         if status:
             self.send_error(status)
             return False
@@ -3637,7 +3668,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
             explain (str): sem uso.
         """
         body, fields = host_error(int(code), self.head)
-        self.close_connection = True
+        self.close_connection = self.is_unread = True
         # Uma linha de requisição sem versão faria o http.server omitir tudo.
         self.request_version = "HTTP/1.0"
         self.send_response(int(code))
@@ -3666,10 +3697,38 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         """
 
 
+class no_selector:
+    """Toma o lugar do seletor do werkzeug, que ele usa só ao fim da resposta.
+
+    Ele abriria um epoll e esperaria 10 ms por conexão, leria até 10 GB de quem não
+    para de enviar e, se o cliente saísse nessa hora, deixaria o epoll aberto. O que
+    resta por ler é descartado por flask_handler.discard.
+    """
+
+    def register(self, connection, events):
+        """Não registra.
+
+        Argumentos:
+            connection (socket.socket): sem uso.
+            events (int): sem uso.
+        """
+
+    def select(self, timeout):
+        """Não espera.
+
+        Argumentos:
+            timeout (float): sem uso.
+        Retorna:
+            tuple: vazia: não há nada a ler.
+        """
+        return ()
+
+    def close(self):
+        """Não fecha."""
+
+
 class flask_server(werkzeug.serving.ThreadedWSGIServer):
     """Servidor do Flask que para entre duas conexões e sobrevive a erros."""
-
-    next_complaint = 0.0
 
     def __init__(self, *args, **options):
         """Prepara as threads reaproveitadas.
@@ -3712,13 +3771,6 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
             self.process_request_thread(request, client_address)
             del request
 
-    def complain(self):
-        """Avisa, no máximo uma vez por minuto, que faltam descritores."""
-        now = time.monotonic()
-        if now >= self.next_complaint:
-            self.next_complaint = now + 60
-            log.warning("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
-
     def get_request(self):
         """Aceita uma conexão.
 
@@ -3733,10 +3785,9 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
         try:
             return super().get_request()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if alarm.ring(error):
                 # Sem a pausa o laço giraria à toa: a conexão continua na fila.
-                self.complain()
-                time.sleep(0.1)
+                time.sleep(accept_pause)
             raise
 
     def service_actions(self):
@@ -3758,25 +3809,52 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
             client_address (tuple): endereço do cliente.
         """
         error = sys.exc_info()[1]
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            self.complain()
-        elif not isinstance(error, OSError):
+        if not isinstance(error, OSError):
             log.error("falha interna em uma conexão: %s: %s", type(error).__name__, error)
 
 
 def raise_descriptor_limit():
-    """Eleva o limite de descritores ao máximo permitido e avisa se é pouco.
+    """Eleva o limite de descritores ao máximo permitido e limita por ele os streams.
+
+    Sem sobra, quem passa do limite esperaria na fila do sistema por um 503.
 
     Retorna:
-        int: número de descritores que o processo pode abrir.
+        int: número de conexões que o processo pode ter abertas.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
         hard = 1048576
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard < MAX_STREAMS + spare_descriptors:
-        log.warning("MAX_STREAMS é %d, mas o processo só pode abrir %d descritores", MAX_STREAMS, hard)
-    return hard
+    gate.limit = max(1, min(MAX_STREAMS, hard - own_descriptors - refusal_descriptors))
+    if gate.limit < MAX_STREAMS:
+        log.warning("MAX_STREAMS é %d, mas o processo só pode abrir %d descritores: são atendidos %d streams",
+                    MAX_STREAMS, hard, gate.limit)
+    return hard - own_descriptors
+
+
+class descriptor_alarm:
+    """Queixa, no máximo uma vez por minuto, de que faltam descritores."""
+
+    next_at = 0.0
+
+    def ring(self, error):
+        """Registra a falta, se é disso que se trata.
+
+        Argumentos:
+            error (OSError): falha ao aceitar uma conexão.
+        Retorna:
+            bool: verdadeiro se faltam descritores.
+        """
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            return False
+        now = time.monotonic()
+        if now >= self.next_at:
+            self.next_at = now + complaint_interval
+            log.warning("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
+        return True
+
+
+alarm = descriptor_alarm()
 
 
 def open_listener():
@@ -3816,7 +3894,10 @@ def serve_flask(listener):
     raise_descriptor_limit()
     # O http.client conta também a linha em branco.
     vars(http.client).update(_MAXHEADERS=header_count + 1)
-    vars(werkzeug.serving).update(ThreadedWSGIServer=flask_server)
+    vars(werkzeug.serving).update(
+        ThreadedWSGIServer=flask_server,
+        selectors=types.SimpleNamespace(DefaultSelector=no_selector, EVENT_READ=select.EPOLLIN),
+    )
     os.environ |= {"WERKZEUG_RUN_MAIN": "true", "WERKZEUG_SERVER_FD": str(listener.fileno())}
     app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, use_reloader=False,
             load_dotenv=False, request_handler=flask_handler)
@@ -4011,8 +4092,9 @@ class waitress_channel(waitress.channel.HTTPChannel):
             self.began_at = None
             self.refuse()
         elif silence > client_timeout and (self.total_outbufs_len or not self.requests):
-            self.will_close = True
-            self.poller.touched.append(self._fileno)
+            # Quem não lê nunca deixa o socket pronto para escrita: o waitress, que só
+            # fecha quem está pronto, esperaria para sempre.
+            self.handle_close()
 
     def refuse(self):
         """Responde que a requisição não chegou a tempo."""
@@ -4107,12 +4189,76 @@ class waitress_dispatcher(waitress.task.ThreadedTaskDispatcher):
             self.set_thread_count(len(self.threads) + 1)
         super().add_task(task)
 
+    def handler_thread(self, thread_no):
+        """Atende conexões; além de spare_threads, só enquanto há o que atender.
+
+        Argumentos:
+            thread_no (int): número da thread.
+        """
+        while True:
+            with self.lock:
+                if not self.wait_task():
+                    self.threads.discard(thread_no)
+                    self.thread_exit_cv.notify()
+                    return
+                task = self.queue.popleft()
+            task.service()
+
+    def wait_task(self):
+        """Espera por uma conexão, com a trava na mão.
+
+        Retorna:
+            bool: falso se a thread deve acabar; já não é contada como ativa.
+        """
+        while not self.queue:
+            self.active_count -= 1
+            is_called = self.queue_cv.wait(thread_patience)
+            if not is_called and not self.queue and len(self.threads) > spare_threads:
+                return False
+            self.active_count += 1
+        return True
+
 
 # Threads e conexões do waitress além de MAX_STREAMS: respondem 503 e /ping.
 spare_threads = 16
 spare_connections = 1024
-# Descritores usados pelo próprio programa, com folga.
-spare_descriptors = 64
+
+
+def pausing_accept(server):
+    """Faz o waitress esperar, sem girar à toa, quando faltam descritores.
+
+    Argumentos:
+        server (waitress.server.BaseWSGIServer): servidor.
+    Retorna:
+        tuple: substitutos dos métodos accept e readable do servidor.
+    """
+    plain_accept, plain_readable, ready_at = server.accept, server.readable, 0.0
+
+    def accept():
+        """Aceita uma conexão.
+
+        Retorna:
+            tuple: (socket, endereço do cliente); None se não há nenhuma.
+        Levanta:
+            OSError: se o sistema não tem mais descritores ou o cliente desistiu.
+        """
+        nonlocal ready_at
+        try:
+            return plain_accept()
+        except OSError as error:
+            if alarm.ring(error):
+                ready_at = time.monotonic() + accept_pause
+            raise
+
+    def readable():
+        """Diz se o laço deve esperar por conexões.
+
+        Retorna:
+            bool: falso durante a pausa ou além do limite de conexões.
+        """
+        return plain_readable() and time.monotonic() >= ready_at
+
+    return accept, readable
 
 
 def serve_waitress(listener):
@@ -4127,7 +4273,7 @@ def serve_waitress(listener):
         app, sockets=[listener], ident=SERVERNAME, threads=1, backlog=backlog,
         # Além do limite as conexões esperam na fila do sistema; sem ele, a falta
         # de descritores faria o laço do waitress girar à toa.
-        connection_limit=min(MAX_STREAMS + spare_connections, raise_descriptor_limit() - spare_descriptors), asyncore_use_poll=True,
+        connection_limit=min(MAX_STREAMS + spare_connections, raise_descriptor_limit()), asyncore_use_poll=True,
         channel_request_lookahead=1, outbuf_high_watermark=high_watermark,
         # O limite é conferido por waitress_parser: este contaria também as
         # marcas dos chunks.
@@ -4137,6 +4283,7 @@ def serve_waitress(listener):
     server.channel_class = waitress_channel
     server.asyncore = waitress_poller()
     server.maintenance = lambda now: None
+    server.accept, server.readable = pausing_accept(server)
     server.task_dispatcher.set_thread_count(0)
     server.task_dispatcher = waitress_dispatcher()
     server.task_dispatcher.set_thread_count(spare_threads)
