@@ -170,7 +170,7 @@ def test_half_open(count, start_proxy, host, connect, worker):
         task.finish("ok")
         assert response.lines() == [b"ok"]
     worker.idle()
-    assert len(proxy.log().splitlines()) == 3, proxy.log()
+    harness.eventually(lambda: len(proxy.log().splitlines()) == 3, 5, "três linhas no log")
     back = peers.settle(proxy, rest)
     peers.say(f"linhas de execução e descritores de volta ao repouso em {back:.1f} s")
 
