@@ -1,0 +1,75 @@
+"""O Chromium do sistema, guiado pelo playwright, e um servidor de arquivos para dar às páginas outra origem."""
+
+import contextlib
+import shutil
+import socket
+import sys
+
+import playwright.sync_api
+
+import harness
+
+# Debian e Ubuntu o chamam assim; nos outros sistemas há mais nomes.
+names = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+
+
+def chromium():
+    """Acha o Chromium.
+
+    Retorno:
+        O caminho do executável (str). Sem nenhum, AssertionError.
+    """
+    found = next(filter(None, map(shutil.which, names)), None)
+    assert found, f"não há Chromium no PATH ({', '.join(names)})"
+    return found
+
+
+@contextlib.contextmanager
+def open_browser():
+    """Abre um Chromium sem tela e o fecha no fim.
+
+    Retorno:
+        Gera um playwright.sync_api.Browser.
+    """
+    with playwright.sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium(), env=harness.base_environment())
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def accepts(port):
+    """Diz se alguém aceita conexões numa porta daqui.
+
+    Argumentos:
+        port: a porta.
+
+    Retorno:
+        Verdadeiro se aceita.
+    """
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+class file_site(harness.background):
+    """Um servidor HTTP de arquivos, numa porta própria: outra origem que não a do proxy."""
+
+    def __init__(self, folder, root):
+        """Inicia o servidor.
+
+        Argumentos:
+            folder: pasta para a saída do processo.
+            root: pasta servida.
+        """
+        super().__init__(folder, "servidor de arquivos")
+        self.port = harness.free_port()
+        self.origin = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory", str(root), str(self.port)]
+        self.spawn(command, harness.base_environment())
+        harness.eventually(lambda: accepts(self.port), 10, "o servidor de arquivos escutar")
+
+    def stop(self):
+        """Encerra o servidor."""
+        self.kill()
