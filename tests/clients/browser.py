@@ -57,7 +57,7 @@ class file_site(harness.background):
     """Um servidor HTTP de arquivos, numa porta própria: outra origem que não a do proxy."""
 
     def __init__(self, folder, root):
-        """Inicia o servidor.
+        """Prepara o servidor, sem iniciá-lo.
 
         Argumentos:
             folder: pasta para a saída do processo.
@@ -66,9 +66,18 @@ class file_site(harness.background):
         super().__init__(folder, "servidor de arquivos")
         self.port = harness.free_port()
         self.origin = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", "--directory", str(root), str(self.port)]
-        self.spawn(command, harness.base_environment())
+        self.root = root
+
+    def start(self):
+        """Inicia o servidor e espera que ele escute.
+
+        Retorno:
+            O próprio servidor.
+        """
+        where = ["--bind", "127.0.0.1", "--directory", str(self.root), str(self.port)]
+        self.spawn([sys.executable, "-m", "http.server", *where], harness.base_environment())
         harness.eventually(lambda: accepts(self.port), 10, "o servidor de arquivos escutar")
+        return self
 
     def stop(self):
         """Encerra o servidor."""

@@ -17,9 +17,10 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import redis
+
 import browser
 import harness
-import redis
 
 examples = harness.root / "packaging" / "examples"
 

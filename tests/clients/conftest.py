@@ -1,0 +1,86 @@
+"""Acessórios das provas com clientes e intermediários de verdade; os comuns estão em tests/conftest.py."""
+
+import contextlib
+import os
+import pathlib
+
+import pytest
+
+import balancers
+import browser
+import harness
+
+# Onde tests/clients/run deixou o que veio do npm e guarda o que se compila.
+CLIENTS_CACHE = pathlib.Path(os.environ.get("CLIENTS_CACHE") or "/var/cache/py-ndjson-proxy")
+
+
+@pytest.fixture
+def node_folder():
+    """Pasta em que o npm instalou os pacotes de tests/clients/package.json.
+
+    Retorno:
+        Um pathlib.Path.
+    """
+    folder = pathlib.Path(os.environ.get("CLIENTS_NODE", ""))
+    assert (folder / "node_modules").is_dir(), "CLIENTS_NODE não aponta os pacotes do npm; use tests/clients/run"
+    return folder
+
+
+@pytest.fixture
+def start_balancer(start_proxy, tmp_path):
+    """Fábrica de intermediários: start_balancer(nome, proxy, timeout=None, edits={}). Encerrados antes dos proxies.
+
+    Retorno:
+        Função que devolve um balancers.balancer que já escuta.
+    """
+    running = []
+
+    def start(name, proxy, **options):
+        """Inicia um. Argumentos: name, o nome em balancers.kinds; proxy; options, as de balancer. Retorno: ele."""
+        made = balancers.kinds[name](tmp_path / f"balancer-{len(running)}", proxy.port, **options)
+        running.append(made)
+        return made.start()
+
+    yield start
+    with contextlib.ExitStack() as stack:
+        for made in running:
+            stack.callback(made.stop)
+
+
+@pytest.fixture
+def chromium(start_proxy):
+    """Um Chromium só desta prova, fechado antes dos proxies.
+
+    Retorno:
+        Um playwright.sync_api.Browser.
+    """
+    with browser.open_browser() as program:
+        yield program
+
+
+@pytest.fixture
+def serve_files(start_proxy, tmp_path):
+    """Fábrica de servidores de arquivos: serve_files(pasta). Cada um é outra origem.
+
+    Retorno:
+        Função que devolve um browser.file_site.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def start(root):
+            """Serve uma pasta. Argumentos: root, a pasta. Retorno: o browser.file_site."""
+            site = browser.file_site(tmp_path / "site", root)
+            stack.callback(site.stop)
+            return site.start()
+
+        yield start
+
+
+@pytest.fixture
+def examples():
+    """Pasta dos exemplos.
+
+    Retorno:
+        Um pathlib.Path.
+    """
+    return harness.root / "packaging" / "examples"
