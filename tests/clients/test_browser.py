@@ -1,0 +1,504 @@
+"""O proxy visto de uma página de outra origem, num Chromium de verdade: chat.html, e o fetch puro do README."""
+
+import contextlib
+import json
+import re
+import statistics
+import time
+
+import playwright.sync_api
+import pytest
+
+import harness
+
+# Quanto se espera, em ms, que algo apareça na página; folgado, para uma máquina ocupada.
+patience = 15000
+
+
+@pytest.fixture
+def open_page(chromium):
+    """Fábrica de páginas: open_page(endereço, **opções). Nenhuma pode ter erro de script nem violar a sua CSP.
+
+    Retorno:
+        Função que devolve uma página já carregada.
+    """
+    faults = []
+
+    def start(address, **options):
+        """Abre uma página. Argumentos: address, o endereço; options, as de Browser.new_page. Retorno: a página."""
+        page = chromium.new_page(**options)
+        page.set_default_timeout(patience)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        # Uma requisição recusada também vira mensagem de erro no console; essa cada prova trata.
+        page.on("console", lambda message: "Content Security" in message.text and faults.append(message.text))
+        page.goto(address)
+        return page
+
+    yield start
+    assert faults == []
+
+
+@pytest.fixture
+def open_chat(open_page, serve_files, examples):
+    """Fábrica de conversas: open_chat(porta, caminho="/chat", **opções), servidas de outra origem.
+
+    Retorno:
+        Função que devolve a página.
+    """
+    site = serve_files(examples)
+
+    def start(port, path="/chat", **options):
+        """Abre a conversa. Argumentos: port, a do proxy; path; options, as de new_page. Retorno: a página."""
+        address = f"http://127.0.0.1:{port}{path}".replace("#", "%23")
+        return open_page(f"{site.origin}/chat.html?proxy={address}", **options)
+
+    return start
+
+
+def say(page, text):
+    """Escreve uma mensagem na conversa e a envia.
+
+    Argumentos:
+        page: a página.
+        text: a mensagem.
+
+    Retorno:
+        O quadro (Locator) da resposta, que é a última da página.
+    """
+    page.get_by_label("Mensagem").fill(text)
+    page.keyboard.press("Enter")
+    return page.locator(".answer").last
+
+
+def item(text):
+    """Compõe uma linha na forma do n8n.
+
+    Argumentos:
+        text: o conteúdo.
+
+    Retorno:
+        A linha (str).
+    """
+    return json.dumps({"type": "item", "content": text})
+
+
+def expect(place):
+    """Atalho para as esperas do playwright, com o prazo daqui.
+
+    Argumentos:
+        place: a página ou o Locator.
+
+    Retorno:
+        O objeto de asserções.
+    """
+    playwright.sync_api.expect.set_options(timeout=patience)
+    return playwright.sync_api.expect(place)
+
+
+def test_chat_shows_each_line(host, start_proxy, open_chat, worker):
+    """A conversa mostra cada linha quando ela chega: a seguinte só é empurrada depois que a anterior se vê."""
+    proxy = start_proxy("--cors-origin", "*")
+    page = open_chat(proxy.port)
+    expect(page.locator("#lamp")).to_have_attribute("data-state", "up")
+    answer = say(page, "Olá, você")
+    task = worker.next()
+    sent = json.loads(task.info["body"])
+    assert (sent["action"], sent["chatInput"]) == ("sendMessage", "Olá, você")
+    task.push('{"type": "begin"}')
+    expect(answer.get_by_text("1 linha", exact=True)).to_be_visible()
+    text = ""
+    for word in ("Cada ", "palavra ", "chega ", "sozinha:\n", "**ç** ", "<b>não</b> ", "é HTML"):
+        task.push(item(word))
+        text += word
+        expect(answer.locator(".prose")).to_have_text(text.rstrip(" "), use_inner_text=True)
+        expect(answer).to_have_attribute("data-state", "live")
+    task.finish('{"type": "end"}')
+    expect(answer).to_have_attribute("data-state", "done")
+    expect(answer.get_by_text("9 linhas", exact=True)).to_be_visible()
+    assert answer.get_attribute("data-task") == task.name
+    assert answer.locator(".lines").get_attribute("d").count("M") >= 2
+    answer.get_by_text("ver as linhas").click()
+    rows = answer.locator(".wire li span").all_text_contents()
+    assert [json.loads(row)["type"] for row in rows] == ["begin", *["item"] * 7, "end"]
+    # A conversa seguinte leva o mesmo nome de sessão.
+    say(page, "De novo")
+    task = worker.next()
+    assert json.loads(task.info["body"])["sessionId"] == sent["sessionId"]
+    task.finish("texto solto", '"um texto JSON"', '{"output": "de outro worker"}', '{"n": 1}', "null")
+    expect(page.locator(".answer").last).to_have_attribute("data-state", "done")
+    shown = page.locator(".answer").last.locator(".prose").inner_text()
+    assert re.sub(r"\s+", " ", shown) == 'texto soltoum texto JSONde outro worker {"n": 1} null'
+
+
+def test_chat_opened_from_disk(start_proxy, open_page, examples, worker):
+    """Aberta do disco, a página tem a origem null, que CORS_ORIGIN pode autorizar sozinha."""
+    proxy = start_proxy("--cors-origin", "null")
+    page = open_page(f"{(examples / 'chat.html').as_uri()}?proxy=http://127.0.0.1:{proxy.port}/chat")
+    answer = say(page, "Olá")
+    task = worker.next()
+    assert task.info["headers"]["Origin"] == "null"
+    task.push(item("Oi"))
+    expect(answer.locator(".prose")).to_have_text("Oi")
+    task.finish()
+    expect(answer).to_have_attribute("data-state", "done")
+
+
+def test_chat_stops(host, start_proxy, open_chat, worker):
+    """O botão Parar e a tecla Esc encerram a resposta, e o proxy apaga a tarefa."""
+    proxy = start_proxy("--cors-origin", "*")
+    page = open_chat(proxy.port)
+    for stop in (lambda: page.get_by_role("button", name="Parar").click(), lambda: page.keyboard.press("Escape")):
+        answer = say(page, "Conte até mil")
+        task = worker.next()
+        task.push('{"type": "begin"}', item("um"))
+        expect(answer.locator(".prose")).to_have_text("um")
+        stop()
+        expect(answer).to_have_attribute("data-state", "stopped")
+        expect(answer.get_by_text("parada por você")).to_be_visible()
+        expect(page.get_by_role("button", name="Enviar")).to_be_visible()
+        task.gone(10)
+    harness.eventually(lambda: [row.get("fim") for row in proxy.tasks()] == ["cliente"] * 2, 5, "duas saídas no log")
+
+
+def test_chat_shows_http_errors(start_proxy, start_redis, open_chat, worker):
+    """503, 504 e rede fora do ar aparecem com a frase do proxy, e Tentar de novo repete a mensagem."""
+    server = start_redis()
+    proxy = start_proxy("--cors-origin", "*", "--max-streams", "1", redis=server)
+    with contextlib.closing(harness.worker(server.client())) as hand:
+        page, other = open_chat(proxy.port), open_chat(proxy.port)
+        first = say(other, "ocupa o lugar")
+        task = hand.next()
+        answer = say(page, "Olá")
+        expect(answer.get_by_role("alert")).to_contain_text("limite de 1 stream")
+        expect(answer.get_by_role("alert")).to_contain_text("HTTP 503, too_many_streams")
+        task.finish(item("pronto"))
+        expect(first).to_have_attribute("data-state", "done")
+        task.gone()
+        page.get_by_role("button", name="Tentar de novo").click()
+        task = hand.next()
+        assert json.loads(task.info["body"])["chatInput"] == "Olá"
+        task.finish(item("agora sim"))
+        expect(page.locator(".answer")).to_have_count(1)
+        expect(page.locator(".answer .prose")).to_have_text("agora sim")
+        task.gone()
+    server.kill()
+    answer = say(page, "Alguém?")
+    expect(answer.get_by_role("alert")).to_contain_text("HTTP 504, redis_unavailable")
+    server.start()
+    proxy.wait_log("Redis de volta", 15)
+    proxy.stop()
+    answer = say(page, "E agora?")
+    expect(answer.get_by_role("alert")).to_contain_text("Não consegui falar com o proxy")
+    expect(answer.get_by_role("alert")).to_contain_text(page.evaluate("location.origin"))
+    expect(page.locator("#lamp")).to_have_attribute("data-state", "down")
+
+
+def test_chat_shows_broken_answers(start_proxy, open_chat, worker):
+    """MAXTIME, o erro do worker, o fim sem a linha de fim e o proxy que morre: cada um com a sua frase."""
+    proxy = start_proxy("--cors-origin", "*", "--maxtime", "700")
+    page = open_chat(proxy.port)
+    answer = say(page, "demora")
+    worker.next()
+    expect(answer.get_by_role("alert")).to_contain_text("tempo demais")
+    answer = say(page, "falha")
+    worker.next().finish(item("meia"), '{"type": "error", "content": "acabou a tinta"}')
+    expect(answer.get_by_role("alert")).to_contain_text("acabou a tinta")
+    expect(answer.locator(".prose")).to_have_text("meia")
+    answer = say(page, "some")
+    worker.next().finish('{"type": "begin"}', item("meia"))
+    expect(answer.get_by_role("alert")).to_contain_text("sem a linha de fim")
+    answer = say(page, "morre")
+    task = worker.next()
+    task.push(item("meia"))
+    expect(answer.locator(".prose")).to_have_text("meia")
+    proxy.kill()
+    expect(answer.get_by_role("alert")).to_contain_text("A conexão caiu no meio da resposta")
+    expect(answer.locator(".prose")).to_have_text("meia")
+    task.client.delete(*task.traces())
+
+
+def test_chat_draws_heartbeats(start_proxy, open_chat, worker):
+    """Os batimentos do proxy não viram texto nem linha: só traços próprios no ritmo."""
+    proxy = start_proxy("--cors-origin", "*", "--heartbeat", "100")
+    page = open_chat(proxy.port)
+    answer = say(page, "Olá")
+    task = worker.next()
+    harness.eventually(lambda: (answer.locator(".pings").get_attribute("d") or "").count("M") >= 3, 15, "três traços")
+    task.finish(item("Oi"), '{"type": "end"}')
+    expect(answer).to_have_attribute("data-state", "done")
+    expect(answer.locator(".prose")).to_have_text("Oi")
+    expect(answer.get_by_text("2 linhas", exact=True)).to_be_visible()
+
+
+def test_chat_sends_the_token(host, start_proxy, open_chat, worker):
+    """Com AUTH_TOKEN, a página mostra o 401; com o token depois do #, conversa, e o token não vai na URL."""
+    proxy = start_proxy("--cors-origin", "*", env={"AUTH_TOKEN": "segredo-das-provas-0123456789"})
+    answer = say(open_chat(proxy.port), "Olá")
+    expect(answer.get_by_role("alert")).to_contain_text("HTTP 401, unauthorized")
+    worker.idle()
+    page = open_chat(proxy.port, "/chat#segredo-das-provas-0123456789")
+    answer = say(page, "Olá")
+    task = worker.next()
+    assert (task.info["path"], task.info["query"]) == ("/chat", "")
+    task.finish(item("Oi"))
+    expect(answer.locator(".prose")).to_have_text("Oi")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 390, 1280])
+def test_chat_fits_the_screen(width, scheme, start_proxy, open_chat, worker):
+    """Nada transborda a tela, nem com palavras sem fim; o fim da conversa fica à vista, e o texto tem contraste."""
+    proxy = start_proxy("--cors-origin", "*")
+    options = {"viewport": {"width": width, "height": 640}, "color_scheme": scheme}
+    page = open_chat(proxy.port, **options)
+    answer = say(page, "x" * 200)
+    task = worker.next()
+    task.push(item("palavra " * 400), item("y" * 300), '{"dados": "' + "z" * 300 + '"}')
+    expect(answer.get_by_text("3 linhas", exact=True)).to_be_visible()
+    answer.get_by_text("ver as linhas").click()
+    expect(answer.locator(".wire")).to_be_in_viewport()
+    task.finish('{"type": "error", "content": "' + "w" * 200 + '"}')
+    expect(answer).to_have_attribute("data-state", "failed")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate("scroller.scrollWidth <= scroller.clientWidth")
+    assert page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 2")
+    expect(page.get_by_label("Mensagem")).to_be_in_viewport()
+    # WCAG AA: 4,5 para texto.
+    low = page.evaluate(contrast_script)
+    assert low == []
+
+
+# Mede o contraste de cada texto visível com o fundo mais próximo, e devolve os que ficam abaixo de 4,5.
+contrast_script = """() => {
+    const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b].map((c) => c / 255).map((c) => c <= .03928 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+    const ground = (node) => {
+        for (; node; node = node.parentElement) {
+            const color = channels(getComputedStyle(node).backgroundColor);
+            if (color[3] === undefined || color[3] === 1) return color;
+        }
+        return [255, 255, 255];
+    };
+    const low = [];
+    for (const node of document.querySelectorAll("header *, main *, footer *")) {
+        const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+        if (!own || !node.checkVisibility()) continue;
+        const [a, b] = [light(channels(getComputedStyle(node).color)), light(ground(node))].sort((x, y) => y - x);
+        const ratio = (a + .05) / (b + .05);
+        if (ratio < 4.5) low.push([node.className || node.tagName, ratio.toFixed(2)]);
+    }
+    return low;
+}"""
+
+
+# ---------------------------------------------------------------- fetch puro
+
+
+@pytest.fixture
+def blank_page(open_page, serve_files, tmp_path):
+    """Uma página vazia de outra origem.
+
+    Retorno:
+        A página.
+    """
+    folder = tmp_path / "www"
+    folder.mkdir()
+    (folder / "index.html").write_text("<!DOCTYPE html><title>vazia</title>", encoding="utf-8")
+    return open_page(serve_files(folder).origin)
+
+
+def readme_snippet():
+    """Lê do README o exemplo de JavaScript que lê o streaming.
+
+    Retorno:
+        O código (str).
+    """
+    text = (harness.root / "README.md").read_text(encoding="utf-8")
+    found = [code for code in re.findall(r"```js\n(.*?)```", text, re.DOTALL) if "getReader" in code]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_readme_fetch_shows_each_line(host, start_proxy, blank_page, worker):
+    """O exemplo do README, numa página de outra origem, entrega cada linha antes que a seguinte seja empurrada."""
+    proxy = start_proxy("--cors-origin", blank_page.evaluate("location.origin"))
+    code = readme_snippet()
+    address = re.search(r'"(http://[^"]+)"', code)[1]
+    code = code.replace(address, f"http://127.0.0.1:{proxy.port}/chat").replace("console.log", "show")
+    assert "show(" in code
+    blank_page.evaluate(
+        f"show = (value) => seen.push(value); seen = []; done = false; (async () => {{ {code}\n done = true }})(); null"
+    )
+    task = worker.next()
+    assert json.loads(task.info["body"]) == {"chatInput": "Olá, mundo"}
+    pushed = []
+    for value in ({"n": 1}, [], "ç\u2028\n", 1.5, None, True, {"big": "é" * 70000}, {"n": 2}):
+        task.push(json.dumps(value, ensure_ascii=False))
+        pushed.append(value)
+        blank_page.wait_for_function("count => seen.length === count", arg=len(pushed))
+    assert blank_page.evaluate("done") is False
+    task.finish()
+    blank_page.wait_for_function("done")
+    assert blank_page.evaluate("seen") == pushed
+
+
+def ask(page, port, options="{}"):
+    """Faz um fetch na página e espera a resposta inteira.
+
+    Argumentos:
+        page: a página.
+        port: porta do proxy.
+        options: o objeto de opções do fetch, em JavaScript.
+
+    Retorno:
+        Dicionário com status, type, task (o cabeçalho X-Task-Name), body; ou error, se o fetch foi negado.
+    """
+    return page.evaluate(
+        f"""async () => {{
+            try {{
+                const response = await fetch("http://127.0.0.1:{port}/x", {options});
+                const task = response.headers.get("X-Task-Name");
+                return {{ status: response.status, type: response.headers.get("Content-Type"), task, body: await response.text() }};
+            }} catch (error) {{
+                return {{ error: error.name }};
+            }}
+        }}"""
+    )
+
+
+@contextlib.contextmanager
+def answering(page, port, options):
+    """Começa um fetch na página e devolve, no fim do bloco, o que ele deu em `window.result`.
+
+    Argumentos:
+        page: a página.
+        port: porta do proxy.
+        options: o objeto de opções do fetch, em JavaScript.
+
+    Retorno:
+        Gera uma lista, que no fim do bloco tem o corpo e o X-Task-Name.
+    """
+    found = []
+    page.evaluate(
+        f"""result = null; fetch("http://127.0.0.1:{port}/x", {options})
+            .then(async (response) => result = [await response.text(), response.headers.get("X-Task-Name")],
+                  (error) => result = [error.name]); null"""
+    )
+    yield found
+    page.wait_for_function("result !== null")
+    found += page.evaluate("result")
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE"])
+def test_preflight(method, host, start_proxy, blank_page, worker):
+    """Cabeçalhos próprios e todos os métodos passam pela consulta prévia, que não cria tarefa; a página lê X-Task-Name."""
+    proxy = start_proxy("--cors-origin", blank_page.evaluate("location.origin"))
+    headers = '{ "X-Meu-Cabecalho": "1", "Content-Type": "application/json" }'
+    with answering(blank_page, proxy.port, f'{{ method: "{method}", headers: {headers} }}') as found:
+        task = worker.next()
+        assert task.info["method"] == method
+        assert task.info["headers"]["X-Meu-Cabecalho"] == "1"
+        worker.idle()
+        task.finish("1")
+    assert found == ["1\n", task.name]
+
+
+def test_other_origins_are_refused(host, start_proxy, blank_page, worker):
+    """Uma origem que não está em CORS_ORIGIN não lê nada e, com JSON, nem chega a criar tarefa."""
+    proxy = start_proxy("--cors-origin", "https://outra.test")
+    json_post = '{ method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" }'
+    assert ask(blank_page, proxy.port, json_post) == {"error": "TypeError"}
+    worker.idle()
+    # Um pedido simples não tem consulta prévia: a tarefa existe, só a resposta é negada à página.
+    with answering(blank_page, proxy.port, '{ method: "POST", body: "x" }') as found:
+        worker.next().finish()
+    assert found == ["TypeError"]
+
+
+def test_errors_are_readable(host, start_proxy, start_redis, blank_page):
+    """A página lê o status e o corpo de um 413, um 503 e um 504."""
+    server = start_redis()
+    proxy = start_proxy("--cors-origin", "*", "--max-streams", "1", redis=server)
+    # Maior que MAX_BODY, e bem maior: o navegador ainda envia quando o proxy já respondeu.
+    for size in (17 << 20, 32 << 20):
+        found = ask(blank_page, proxy.port, f'{{ method: "POST", body: new Uint8Array({size}) }}')
+        assert (found.get("status"), found.get("type")) == (413, "application/json"), found
+        assert json.loads(found["body"])["error"] == "body_too_large"
+    with contextlib.closing(harness.worker(server.client())) as hand:
+        with answering(blank_page, proxy.port, "{}"):
+            task = hand.next()
+            found = ask(blank_page, proxy.port)
+            assert (found["status"], json.loads(found["body"])["error"]) == (503, "too_many_streams")
+            task.finish()
+        task.gone()
+    server.kill()
+    found = ask(blank_page, proxy.port)
+    assert (found["status"], json.loads(found["body"])["error"]) == (504, "redis_unavailable")
+    server.start()
+    proxy.wait_log("Redis de volta", 15)
+
+
+def test_unauthorized_is_readable(host, start_proxy, blank_page, worker):
+    """A página lê um 401; e Authorization, que exige consulta prévia, passa."""
+    proxy = start_proxy("--cors-origin", "*", env={"AUTH_TOKEN": "segredo-das-provas-0123456789"})
+    found = ask(blank_page, proxy.port)
+    assert (found["status"], json.loads(found["body"])["error"]) == (401, "unauthorized")
+    worker.idle()
+    header = '{ headers: { "Authorization": "Bearer segredo-das-provas-0123456789" } }'
+    with answering(blank_page, proxy.port, header) as found:
+        worker.next().finish("1")
+    assert found[0] == "1\n"
+
+
+def test_six_streams_per_browser(start_proxy, blank_page, worker):
+    """Em HTTP/1.1 o navegador abre seis conexões por servidor: o sétimo streaming espera por um dos seis."""
+    proxy = start_proxy("--cors-origin", "*")
+    blank_page.evaluate(
+        f"for (let n = 0; n < 7; n++) fetch('http://127.0.0.1:{proxy.port}/' + n, {{ method: 'POST' }}); null"
+    )
+    tasks = [worker.next(15) for _ in range(6)]
+    worker.idle()
+    tasks[0].finish()
+    tasks.append(worker.next(15))
+    assert sorted(task.info["path"] for task in tasks) == [f"/{n}" for n in range(7)]
+    for task in tasks[1:]:
+        task.finish()
+
+
+# Anota em `shown`, em ms da hora do sistema, quando cada mudança da resposta entrou na página e quando foi pintada.
+watch_script = """() => {
+    window.shown = [];
+    window.painted = [];
+    const now = () => performance.timeOrigin + performance.now();
+    new MutationObserver((changes) => {
+        if (!changes.some((change) => change.target.className === "prose")) return;
+        shown.push(now());
+        requestAnimationFrame(() => setTimeout(() => painted.push(now())));
+    }).observe(turns, { childList: true, subtree: true });
+}"""
+
+
+def test_time_to_appear(start_proxy, start_balancer, open_chat, worker, record_property):
+    """De um RPUSH à página, por trás do nginx entregue: a mediana de 50 linhas. (Com -rP, a medida é escrita.)"""
+    front = start_balancer("nginx", start_proxy("--cors-origin", "*"))
+    page = open_chat(front.port)
+    say(page, "Meça")
+    task = worker.next()
+    task.push('{"type": "begin"}')
+    page.evaluate(watch_script)
+    pushed = []
+    for number in range(1, 51):
+        # A pausa de 20 ms do proxy depois de cada linha não faz parte do caminho.
+        time.sleep(0.05)
+        pushed.append(time.time() * 1000)
+        task.push(item(f"{number} "))
+        page.wait_for_function("count => painted.length >= count", arg=number)
+    seen = {name: page.evaluate(name) for name in ("shown", "painted")}
+    task.finish('{"type": "end"}')
+    for name, whens in seen.items():
+        times = [when - began for when, began in zip(whens, pushed, strict=True)]
+        assert min(times) > 0
+        assert statistics.median(times) < 200
+        print(f"{name}: mediana {statistics.median(times):.1f} ms, máximo {max(times):.1f} ms")
+        record_property(name, statistics.median(times))
