@@ -9,11 +9,7 @@ import aiohttp
 
 async def main():
     """Lê tudo."""
-    # Uma linha maior que o dobro de read_bufsize (64 KiB por padrão) daria "Chunk too big".
-    async with (
-        aiohttp.ClientSession(read_bufsize=1 << 24) as session,
-        session.post(sys.argv[1], data="{}") as response,
-    ):
+    async with aiohttp.ClientSession() as session, session.post(sys.argv[1], data="{}") as response:
         async for line in response.content:
             print(json.dumps(json.loads(line)), flush=True)
 
