@@ -324,11 +324,12 @@ class redis_server(background):
         """Endereço na forma de REDIS_SERVER (str), com o banco das provas."""
         return f"127.0.0.1:{self.port}/{default_db}"
 
-    def start(self, timeout=10.0):
+    def start(self, timeout=10.0, ready=True):
         """Inicia (ou reinicia, na mesma porta e com os mesmos dados) e espera responder ao PING.
 
         Argumentos:
             timeout: prazo em segundos.
+            ready: falso para não esperar.
 
         Retorno:
             O próprio servidor.
@@ -347,7 +348,8 @@ class redis_server(background):
         path = self.folder / "redis.conf"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self.spawn([redis_binary(), str(path)], base_environment())
-        eventually(self.answers, timeout, f"redis-server na porta {self.port}; saída:\n{self.output()}")
+        if ready:
+            eventually(self.answers, timeout, f"redis-server na porta {self.port}; saída:\n{self.output()}")
         return self
 
     def answers(self):
