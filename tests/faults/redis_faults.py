@@ -58,13 +58,13 @@ def tell(text):
 
 
 class fault:
-    """Uma falha sorteada para uma conexão: de que tipo, em que sentido, depois de quantos bytes ou em que instante."""
+    """Uma falha sorteada para uma conexão: de que tipo (os de fault_relay), em que sentido, depois de quantos bytes ou em que instante."""
 
     def __init__(self, kind, is_request, left, due):
         """Guarda o sorteio.
 
         Argumentos:
-            kind: um dos nomes de fault_relay.kinds.
+            kind: o tipo.
             is_request: verdadeiro no sentido do proxy para o Redis.
             left: bytes que ainda passam antes da falha.
             due: instante monotônico em que a conexão é cortada se os bytes não vierem.
@@ -100,16 +100,16 @@ class fault_relay(threading.Thread):
         reset   os dois lados recebem RST; o que passou até ali pode ser meio pedido ou meia resposta;
         close   o mesmo, com FIN;
         stall   nada passa por um tempo menor que a paciência do proxy, e depois tudo segue;
+        drip    o que vem passa byte a byte, dezenas deles, e depois tudo segue;
         mute    nada passa por um tempo menor que a paciência do proxy, e depois RST;
         silence nada passa até o proxy desistir; o retido se perde;
         late    uma retirada de linhas fica retida até o proxy desistir; só chega ao Redis quando release a solta, depois
                 de repetida por outra conexão, como um segmento de TCP retransmitido depois de uma partição da rede.
 
-    Contam-se como cortes todas, menos stall.
+    Contam-se como cortes todas, menos stall e drip.
     """
 
-    common = ("reset", "reset", "reset", "close", "stall", "mute")
-    kinds = ("reset", "close", "stall", "mute", "silence", "late")
+    common = ("reset", "reset", "reset", "close", "close", "stall", "drip", "mute")
 
     def __init__(self, port, seed=FAULTS_SEED):
         """Começa a escutar e a repassar, sem falhas.
@@ -318,7 +318,7 @@ class fault_relay(threading.Thread):
             plan.kind = "silence"
         self.counts[plan.kind] += 1
         self.counts[each.name] += 1
-        if plan.kind == "stall":
+        if plan.kind in ("stall", "drip"):
             self.stalls += 1
         else:
             self.cuts += 1
@@ -328,6 +328,8 @@ class fault_relay(threading.Thread):
         self.ignore(each)
         if plan.kind == "stall":
             self.later(self.random.uniform(0.01, 0.2), self.resume, each, plan, held)
+        elif plan.kind == "drip":
+            self.drip(each, plan, held, 40)
         elif plan.kind == "mute":
             self.later(self.random.uniform(0.01, 0.2), self.shut, each, True)
         else:
@@ -344,6 +346,21 @@ class fault_relay(threading.Thread):
         self.deliver(each, plan.is_request, held)
         self.listen(each)
         self.draw(each)
+
+    def drip(self, each, plan, held, left):
+        """Passa um byte por vez, e depois o resto.
+
+        Argumentos:
+            each: a link.
+            plan: a falha.
+            held: o que não passou.
+            left: quantos bytes ainda passam sozinhos.
+        """
+        if len(held) > 1 and left:
+            self.deliver(each, plan.is_request, held[:1])
+            self.later(0.005, self.drip, each, plan, held[1:], left - 1)
+        else:
+            self.resume(each, plan, held)
 
     def wait_surrender(self, each, held):
         """Espera que o proxy desista de uma conexão parada; o retido, se há, ainda vai ao Redis, bem depois.
