@@ -278,9 +278,7 @@ class fault_relay(threading.Thread):
         if is_request and (found := re.search(rb"SETNAME\r\n\$\d+\r\n([\w-]+)", data)):
             each.name = found[1].decode()
         plan = each.plan
-        if plan is None or plan.is_request != is_request:
-            self.deliver(each, is_request, data)
-        elif plan.kind == "late" and b":taken" not in data:
+        if plan is None or plan.is_request != is_request or plan.kind == "late" and b":taken" not in data:
             self.deliver(each, is_request, data)
         elif plan.kind == "late":
             self.strike(each, data)

@@ -457,7 +457,7 @@ def test_full_buffer_of_the_wake_connection(start_redis, start_proxy, host, conn
     else:
         raise AssertionError("o Redis não derrubou a conexão dos avisos")
     worker.client.delete(*[f"{name}{number}" for number in range(10)])
-    for response, task in pairs:
+    for _, task in pairs:
         task.push(task.name)
     proxy.thaw()
     for response, task in pairs:

@@ -114,7 +114,9 @@ def tls_url(certificates, port, user="", **options):
     Retorno:
         Dicionário do ambiente do proxy.
     """
-    query = "&".join(f"{name}={value}" for name, value in {"ssl_ca_certs": certificates.path("ca.crt"), **options}.items())
+    query = "&".join(
+        f"{name}={value}" for name, value in {"ssl_ca_certs": certificates.path("ca.crt"), **options}.items()
+    )
     return {"REDIS_SERVER": f"rediss://{user}127.0.0.1:{port}/{harness.default_db}?{query}"}
 
 
@@ -333,7 +335,13 @@ def test_acl_line_of_the_readme(start_tls, certificates, start_proxy, host, conn
     assert "não aceita scripts" not in log and password not in log, log
     assert granted - used == set(), f"direitos que sobram no README: {sorted(granted - used)}"
     with contextlib.closing(server.new_client(username=user, password=password)) as client:
-        for command in (("GET", "alheia"), ("CONFIG", "GET", "*"), ("KEYS", "*"), ("FLUSHALL",), ("DEL", "ndjson_task_x")):
+        for command in (
+            ("GET", "alheia"),
+            ("CONFIG", "GET", "*"),
+            ("KEYS", "*"),
+            ("FLUSHALL",),
+            ("DEL", "ndjson_task_x"),
+        ):
             with pytest.raises(redis.exceptions.NoPermissionError):
                 client.execute_command(*command)
 
