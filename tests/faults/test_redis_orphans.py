@@ -206,18 +206,20 @@ def test_sweep_is_cheap(start_redis, start_proxy, connect, start_worker, count):
     began = time.monotonic()
     proxy = start_proxy("-P", 0, redis=server, host="flask")
     response, task = support.open_stream(connect, proxy, start_worker(client))
-    delays = []
-    while not all_expiring(client, names, 600):
+    delays, took = [], None
+    # A varredura de um banco pequeno pode acabar antes da primeira linha: algumas são medidas assim mesmo.
+    while took is None or len(delays) < 20:
         assert time.monotonic() - began < promised + slack, lifetimes(client, names)
         pushed = time.monotonic()
         task.push("x")
         delays.append(response.line().when - pushed)
-    took = time.monotonic() - began
+        if took is None and all_expiring(client, names, 600):
+            took = time.monotonic() - began
     with contextlib.closing(server.new_client(0)) as other:
         scan = other.info("commandstats")["cmdstat_scan"]
     delays.sort()
     redis_faults.tell(
-        f"{count} chaves alheias: varredura completa em {took:.1f} s, {scan['calls']} SCAN, {scan['usec'] / 1000:.1f} ms de "
+        f"{count} chaves alheias: todas as órfãs achadas em {took:.1f} s, {scan['calls']} SCAN, {scan['usec'] / 1000:.1f} ms de "
         f"Redis ao todo, {scan['usec_per_call']:.0f} µs cada; linhas enquanto isso: {len(delays)}, mediana "
         f"{delays[len(delays) // 2] * 1000:.2f} ms, pior {delays[-1] * 1000:.1f} ms"
     )

@@ -152,7 +152,7 @@ class cluster:
                 rows = [info.get(f"slave{number}", {}) for number in range(count)]
                 return all(row.get("state") == "online" for row in rows)
 
-            harness.eventually(online, 20, "réplicas em dia")
+            harness.eventually(online, 60, "réplicas em dia")
 
     def master(self):
         """Acha o mestre de agora, perguntando aos próprios servidores. Retorno: o redis_server, ou None."""
