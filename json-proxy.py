@@ -2431,6 +2431,8 @@ class collector(threading.Thread):
                     self.pings.append((answers, 1))
             return
         answer = True if replies[0] == b"PONG" else replies[0]
+        if answer is not True:
+            self.complain(f"o Redis recusou o PING: {answer}")
         for answers, _ in subject:
             answers.put(answer)
 
@@ -2500,11 +2502,11 @@ class collector(threading.Thread):
         elif type_name == b"list" and self.scripts is None and stream.source != stream.key:
             stream.source = stream.key
             self.hungry[stream] = None
-        elif type_name not in (b"string", b"list"):
+        elif type_name in (b"string", b"list"):
+            self.wait_for_lines(stream)
+        else:
             stream.answers.put(task_key_error(
                 f"a chave da tarefa foi trocada por um valor do tipo {type_name.decode()}: só se aceita uma lista"))
-        else:
-            self.wait_for_lines(stream)
 
     def on_probe(self, _, replies):
         """Anota se o Redis ainda manda os avisos para a conexão deles.

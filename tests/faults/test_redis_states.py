@@ -176,7 +176,7 @@ states = {
     ),
     "READONLY": state(
         "write against a read only replica",
-        (500, 503),
+        (500, 503, 504),
         become_replica,
         lambda here: here.admin.execute_command("REPLICAOF", "NO", "ONE"),
     ),
