@@ -1044,18 +1044,18 @@ wake_channel = "__redis__:invalidate"
 # Tirar uma linha precisa ser repetível: se a conexão cai depois do LPOP e antes
 # da resposta, a linha não está mais na lista nem chegou aqui. Por isso o que sai
 # da lista fica guardado, com o número do pedido, até o pedido seguinte; o pedido
-# repetido recebe o guardado. TYPE e LPOP são um só passo: o fim só é declarado
+# repetido recebe o guardado. Um número menor que o guardado é de um pedido que se
+# atrasou na rede e já foi repetido por outra conexão: não pode tirar nada. TYPE e LPOP são um só passo: o fim só é declarado
 # quando a chave sumiu E a lista se esvaziou no mesmo instante; se a chave sumiu e
 # ainda há linhas, o tipo devolvido é "more".
 take_script = """
 local kind = redis.call('TYPE', KEYS[1]).ok
-if ARGV[5] == '1' then
+local past = tonumber(string.match(redis.call('GETRANGE', KEYS[3], 0, 19), '^%d+')) or 0
+if past == tonumber(ARGV[1]) then
   local kept = redis.call('GET', KEYS[3])
-  if kept then
-    local past = cmsgpack.unpack(kept)
-    if past[1] == ARGV[1] then return {past[3], past[2]} end
-  end
+  return cmsgpack.unpack(string.sub(kept, string.find(kept, ' ', 1, true) + 1))
 end
+if past > tonumber(ARGV[1]) then return {kind, {}} end
 local lines, size = {}, 0
 local function fill(source)
   while #lines < tonumber(ARGV[2]) and size < tonumber(ARGV[3]) do
@@ -1069,7 +1069,7 @@ fill(KEYS[2])
 if #lines == 0 and kind == 'list' then fill(KEYS[1]) end
 if #lines > 0 then
   if kind == 'none' and redis.call('EXISTS', KEYS[2]) == 1 then kind = 'more' end
-  redis.call('SET', KEYS[3], cmsgpack.pack({ARGV[1], lines, kind}), 'EX', ARGV[4])
+  redis.call('SET', KEYS[3], ARGV[1] .. ' ' .. cmsgpack.pack({kind, lines}), 'EX', ARGV[4])
 end
 return {kind, lines}
 """
@@ -1085,6 +1085,10 @@ for i = 1, #KEYS, 2 do
 end
 return found
 """
+
+
+# Respostas do Redis que impedem a conexão; as do redis-py não derivam todas de ResponseError.
+refusals = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 
 
 def redis_pool():
@@ -1558,6 +1562,8 @@ probe_grace = 0.02
 idle_ping = 15.0
 wake_patience = 0.1
 wake_retry = 1.0
+# Espera, em segundos, para pedir de novo que se apaguem as chaves que o Redis recusou apagar.
+removal_retry = 2.0
 gone_check = 0.5
 status_interval = 5.0
 # Tempo, em segundos, até repetir no log uma queixa igual.
@@ -1643,7 +1649,7 @@ class collector(threading.Thread):
         self.names = {}
         self.clients = {}
         self.watched = {}
-        self.pings, self.submissions, self.removals = [], [], []
+        self.pings, self.submissions, self.removals, self.refused = [], [], [], []
         self.hungry, self.waiting = {}, {}
         self.paused = []
         self.renewals = {}
@@ -1655,10 +1661,11 @@ class collector(threading.Thread):
         self.failures = 0
         self.retry_at = self.wake_retry_at = self.census_at = self.gone_at = 0.0
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
-        self.recount_at = self.stop_at = self.probe_at = math.inf
+        self.recount_at = self.stop_at = self.probe_at = self.refused_at = math.inf
         self.probed_at = 0.0
         self.wake_id = self.unheard = 0
         self.is_tracked = False
+        self.refusal = ""
         self.idle_at = time.monotonic() + idle_ping
         self.count_turn = self.types_turn = 0
         self.suspects, self.counted, self.census_serial = [], [], 0
@@ -1869,7 +1876,7 @@ class collector(threading.Thread):
             return min(*moments, self.retry_at)
         if self.hungry or self.removals or self.suspects or self.strangers or self.orphans:
             return 0.0
-        moments += [self.idle_at, self.recount_at, self.orphan_at]
+        moments += [self.idle_at, self.recount_at, self.orphan_at, self.refused_at]
         if self.waiting:
             moments += [self.census_at, self.probe_at]
         if self.paused:
@@ -1911,6 +1918,9 @@ class collector(threading.Thread):
                 self.open_wake()
             except (redis.RedisError, OSError) as error:
                 self.lose_main(error)
+        if now >= self.refused_at:
+            self.removals += self.refused
+            self.refused, self.refused_at = [], math.inf
         if now >= self.status_at:
             self.tell_systemd(now)
 
@@ -2067,7 +2077,10 @@ class collector(threading.Thread):
         if not self.is_down:
             log.warning("Redis fora do ar: %s", error)
             self.hurry_status()
-        self.is_down = True
+        elif isinstance(error, refusals) and str(error) != self.refusal:
+            # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
+            log.warning("Redis ainda fora do ar: %s", error)
+        self.is_down, self.refusal = True, str(error)
         self.retry_at = time.monotonic() + min(1.0, 0.05 * 2 ** min(self.failures, 6)) * (self.failures > 0)
         self.failures += 1
 
@@ -2178,6 +2191,10 @@ class collector(threading.Thread):
             self.lose_main(error)
             for entry in batch:
                 entry.on_reply(entry.subject, error)
+            if isinstance(error, redis.TimeoutError):
+                # Quem chegou durante a espera não espera por outra.
+                self.read_inbox()
+                self.refuse(error)
             return
         position = 0
         for entry in batch:
@@ -2389,8 +2406,8 @@ class collector(threading.Thread):
         Retorna:
             bytes: o comando no protocolo do Redis.
         """
-        return pack_command(11, self.take_head, stream.packed_keys, pack_words(
-            stream.sequence, self.most_lines(), take_bytes, REDIS_TTL, int(stream.repeat),
+        return pack_command(10, self.take_head, stream.packed_keys, pack_words(
+            stream.sequence, self.most_lines(), take_bytes, REDIS_TTL,
         ))
 
     def most_lines(self):
@@ -2463,6 +2480,8 @@ class collector(threading.Thread):
             self.removals = (streams + self.removals)[:10000]
         elif first_error(replies):
             self.complain(f"o Redis não apagou as chaves das tarefas: {replies[0]}")
+            self.refused = (streams + self.refused)[:10000]
+            self.refused_at = time.monotonic() + removal_retry
 
     def on_take(self, stream, replies):
         """Entrega ao stream as linhas tiradas, ou o deixa à espera.
@@ -2475,7 +2494,6 @@ class collector(threading.Thread):
             return
         stream.packed_take = None
         if isinstance(replies, Exception):
-            stream.repeat = True
             self.hungry[stream] = None
             return
         # Dentro de uma transação o erro vem entre as respostas do EXEC.
@@ -2489,7 +2507,6 @@ class collector(threading.Thread):
             stream.answers.put(error)
             return
         type_name, lines = replies[-1]
-        stream.repeat = False
         if lines:
             stream.sequence += 1
             # Sem scripts só a próxima consulta dirá se a lista se esvaziou.
@@ -2710,7 +2727,7 @@ class stream:
         self.packed_keys = pack_words(self.key, self.list, self.taken)
         self.packed_take = None
         self.sequence = 1
-        self.repeat = self.ended = False
+        self.ended = False
         self.answers = queue.SimpleQueue()
         # O flask (werkzeug) entrega o socket, vigiado pelo epoll; o waitress
         # entrega uma função que diz se o cliente saiu.
