@@ -120,7 +120,7 @@ def test_flood_past_the_descriptor_limit(count, start_limited, host, connect, wo
             f"{busy:.2f} s de processador em 1 s"
         )
         assert statuses[200] >= limit // 3 and statuses[503] > 0, statuses
-        assert busy < 0.6
+        assert busy < 0.25
         finish_all(worker, accepted)
     assert len(other_lines(proxy)) <= 5, other_lines(proxy)[:8]
     back = peers.settle(proxy, rest)
@@ -186,7 +186,7 @@ def test_out_of_descriptors(count, start_redis, start_proxy, host, connect, star
     peers.say(
         f"{count} conexões sem descritor ({host}): {busy:.2f} s de processador em 1 s; {len(lines)} linhas de log"
     )
-    assert busy < 0.6, f"{busy:.2f} s de processador em 1 s sem nada a fazer"
+    assert busy < 0.25, f"{busy:.2f} s de processador em 1 s sem nada a fazer"
     assert len(lines) <= 2 and any("descritores" in line for line in lines), lines[:5]
     again = support.open_streams(connect, proxy, worker, 20)
     for each, own in again:
