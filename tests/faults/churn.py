@@ -28,10 +28,10 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import peers
 import redis
 
 import harness
+import peers
 import support
 
 # Duração de um corte e folga depois dele em que um 504 é aceito, em segundos.

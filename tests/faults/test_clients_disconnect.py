@@ -7,9 +7,8 @@ import struct
 import threading
 import time
 
-import peers
-
 import harness
+import peers
 import support
 
 body = b'{"prompt": "oi"}'

@@ -5,10 +5,10 @@ import contextlib
 import resource
 import time
 
-import peers
 import pytest
 
 import harness
+import peers
 import support
 
 

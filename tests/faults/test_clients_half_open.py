@@ -8,9 +8,8 @@ import statistics
 import threading
 import time
 
-import peers
-
 import harness
+import peers
 import support
 
 # O prazo das provas, em segundos, e a folga para uma máquina ocupada derrubar todos.

@@ -3,11 +3,11 @@
 import json
 import re
 
-import hostile
-import peers
 import pytest
 
 import harness
+import hostile
+import peers
 import support
 
 seed = 20240607

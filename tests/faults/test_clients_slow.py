@@ -6,10 +6,10 @@ import socket
 import statistics
 import time
 
-import peers
 import pytest
 
 import harness
+import peers
 import support
 
 # Megabytes à espera de cada um, e o que o proxy pode guardar por leitor parado, em KiB: o resto é do Redis.

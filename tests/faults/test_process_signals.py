@@ -5,10 +5,10 @@ import json
 import signal
 import time
 
-import peers
 import pytest
 
 import harness
+import peers
 import support
 
 signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]

@@ -8,10 +8,10 @@ import statistics
 import subprocess
 import time
 
-import peers
 import pytest
 
 import harness
+import peers
 import support
 
 # Tamanho de um cano pequeno, em bytes: poucas dezenas de linhas de log o enchem.
