@@ -892,6 +892,22 @@ def from_clone():
     expect(active() and main_pid() != pid, "a segunda vez não reinstalou")
 
 
+@step(2)
+def from_clone_elsewhere():
+    """packaging/install com um REDIS_SERVER de outra máquina não instala Redis, e diz que o serviço espera por ele."""
+    apt("purge", "py-ndjson-proxy", "redis-server", "redis-tools")
+    check_purged()
+    conffile.write_text("REDIS_SERVER=192.0.2.1:6379/1\n", encoding="utf-8")
+    began = time.monotonic()
+    text = run(f"{clone}/packaging/install", timeout=400)
+    measure("packaging/install sem Redis", f"{time.monotonic() - began:.1f} s")
+    expect(shutil.which("redis-server") is None, f"o Redis foi instalado: {text[-1500:]}")
+    expect("espera pelo Redis" in text and "192.0.2.1:6379/1" in text, f"não diz por quem espera: {text[-1500:]}")
+    expect(not active() and show("SubState") in ("auto-restart", "start"), f"SubState={show('SubState')}")
+    expect(conffile.read_text(encoding="utf-8") == "REDIS_SERVER=192.0.2.1:6379/1\n", "a configuração foi trocada")
+    apt("purge", "py-ndjson-proxy")
+
+
 # =============================================================================
 
 
