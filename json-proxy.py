@@ -47,6 +47,7 @@ import hmac
 import http
 import http.client
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -455,6 +456,8 @@ settings = [
             "cabeçalhos que não vão para o Redis; vazio é authorization,cookie se houver AUTH_TOKEN"),
     setting("CORS_ORIGIN", ("--cors-origin",), origins_kind, "", "HTTP", "",
             "origens de navegador autorizadas por CORS; vazio desliga"),
+    setting("TRUST_PROXY", ("--trust-proxy",), integer(0, 16), "0", "HTTP", "",
+            "proxies reversos confiáveis à frente, que dizem em X-Forwarded-For quem é o cliente; 0 não acredita"),
     setting("REDIS_SERVER", ("-R", "--redis"), redis_kind, "127.0.0.1:6379/1", "Redis", "",
             "endereço do Redis"),
     setting("REDIS_PASSWORD", ("-S", "--secret"), text_kind, "", "Redis", "",
@@ -506,6 +509,7 @@ SERVERNAME: str = ...
 AUTH_TOKEN: tuple = ...
 HEADERS_EXCLUDE: frozenset = ...
 CORS_ORIGIN: frozenset = ...
+TRUST_PROXY: int = ...
 REDIS_SERVER: redis_address = ...
 REDIS_PASSWORD: str = ...
 REDIS_CHANNEL: str = ...
@@ -1488,6 +1492,43 @@ def request_target(environ):
     return path, query
 
 
+def forwarded_address(text):
+    """Lê um elemento de X-Forwarded-For.
+
+    Argumentos:
+        text (str): IPv4 ou IPv6, este talvez entre colchetes, com ou sem porta.
+    Retorna:
+        str: o endereço na forma canônica, sem porta nem zona; "" se não é um endereço.
+    """
+    text = text.strip()
+    parts = re.fullmatch(r"(?:\[([^\[\]]*)\]|([0-9.]+))(?::[0-9]{1,5})?", text)
+    try:
+        address = ipaddress.ip_address((parts[1] or parts[2]) if parts else text)
+    except ValueError:
+        return ""
+    # A zona de um IPv6 aceita qualquer letra e só faz sentido na máquina de quem a deu.
+    return str(getattr(address, "ipv4_mapped", None) or address).partition("%")[0]
+
+
+def client_address(environ):
+    """Descobre o endereço do cliente.
+
+    Cada proxy reverso acrescenta à direita de X-Forwarded-For quem se conectou a ele;
+    o que está à esquerda dos confiáveis foi escrito por quem quis.
+
+    Argumentos:
+        environ (dict): ambiente WSGI, que junta com vírgula as linhas do cabeçalho.
+    Retorna:
+        str: o endereço a TRUST_PROXY elementos da direita, ou o mais à esquerda se são
+        menos; o de quem se conectou se TRUST_PROXY é 0 ou se não é um endereço.
+    """
+    direct = environ.get("REMOTE_ADDR", "-")
+    if not TRUST_PROXY:
+        return direct
+    hops = environ.get("HTTP_X_FORWARDED_FOR", "").rsplit(",", TRUST_PROXY)
+    return forwarded_address(hops[-min(TRUST_PROXY, len(hops))]) or direct
+
+
 def decode_header(value):
     """Recupera um cabeçalho que o WSGI entrega em latin-1.
 
@@ -1527,7 +1568,7 @@ def build_task(name, request, body):
         "method": request.method,
         "path": path,
         "query": query,
-        "remote_addr": request.remote_addr,
+        "remote_addr": client_address(request.environ),
     }
     try:
         task["body"] = body.decode("utf-8")
@@ -2735,7 +2776,7 @@ class stream:
         self.descriptor = self.socket.fileno() if self.socket is not None else -1
         self.gone = environ.get("waitress.client_disconnected")
         self.name = name
-        self.client = environ.get("REMOTE_ADDR", "-")
+        self.client = client_address(environ)
         self.method = environ["REQUEST_METHOD"]
         # Acima de 48 KiB o journald parte a linha em duas.
         self.path = request_target(environ)[0][:200]
@@ -3111,7 +3152,7 @@ def refuse_unauthorized(request):
         flask.Response: erro 401.
     """
     refusals.tell("requisição sem um AUTH_TOKEN válido recusada: cliente=%s (desde o último aviso: %d)",
-                  request.environ.get("REMOTE_ADDR", "-"))
+                  client_address(request.environ))
     return error_response(401, "unauthorized", "falta um token válido no cabeçalho Authorization: Bearer",
                           [("WWW-Authenticate", "Bearer")])
 
