@@ -9,7 +9,8 @@ partes (um fluxo do n8n, um script). Entre os dois, o Redis:
     cliente <--NDJSON-- proxy <----LPOP------ Redis <--RPUSH--- worker
 
 Contrato com o worker
-    1. Recebe task_key pelo canal REDIS_CHANNEL e lê com GET o JSON da tarefa.
+    1. Recebe task_key pelo canal REDIS_CHANNEL, ou a tira da lista REDIS_QUEUE com
+       BLPOP, e lê com GET o JSON da tarefa.
     2. Empurra cada parte com RPUSH na lista cujo nome está em "task_list".
     3. Ao terminar, apaga task_key com DEL. O que foi empurrado antes do DEL é
        entregue; o proxy apaga o resto.
@@ -427,6 +428,7 @@ def parse_redis_address(text):
 
 text_kind = kind(str, "qualquer texto em UTF-8")
 name_kind = pattern(name_expression, "um texto sem espaços, de um caractere ou mais")
+queue_kind = pattern(f"({name_expression})?", "vazio ou um texto sem espaços")
 host_kind = kind(parse_host, "um endereço IP (IPv6 sem colchetes) ou o nome desta máquina")
 header_kind = pattern(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", "um texto ASCII imprimível, de uma só linha")
 line_kind = kind(parse_json_line, "um texto que não seja vazio")
@@ -464,6 +466,8 @@ settings = [
             "senha do Redis; vazio não autentica", True),
     setting("REDIS_CHANNEL", ("-C", "--channel"), name_kind, "ndjson_jobs", "Redis", "",
             "canal em que as tarefas são publicadas"),
+    setting("REDIS_QUEUE", ("--queue",), queue_kind, "", "Redis", "",
+            "lista em que as tarefas também entram, para workers que usam BLPOP; vazio desliga"),
     setting("REDIS_PREFIX", ("-X", "--prefix"), name_kind, "ndjson_task_", "Redis", "",
             "prefixo da chave da tarefa"),
     setting("REDIS_LIST_PREFIX", ("-L", "--list-prefix"), name_kind, "ndjson_list_", "Redis", "",
@@ -513,6 +517,7 @@ TRUST_PROXY: int = ...
 REDIS_SERVER: redis_address = ...
 REDIS_PASSWORD: str = ...
 REDIS_CHANNEL: str = ...
+REDIS_QUEUE: str = ...
 REDIS_PREFIX: str = ...
 REDIS_LIST_PREFIX: str = ...
 REDIS_TTL: int = ...
@@ -782,6 +787,12 @@ def check_combinations(given):
             f"REDIS_LIST_PREFIX: o valor {REDIS_LIST_PREFIX!r} ({given['REDIS_LIST_PREFIX'].layer}) "
             "deve ser diferente de REDIS_PREFIX, pois uma chave do Redis só tem um tipo"
         )
+    for name, prefix in (("REDIS_PREFIX", REDIS_PREFIX), ("REDIS_LIST_PREFIX", REDIS_LIST_PREFIX)):
+        if REDIS_QUEUE.startswith(prefix):
+            raise configuration_error(
+                f"REDIS_QUEUE: o valor {REDIS_QUEUE!r} ({given['REDIS_QUEUE'].layer}) não pode começar com "
+                f"{name}, que é {prefix!r}: a fila seria tomada por uma chave de tarefa"
+            )
     if PAUSE >= MAXTIME:
         raise configuration_error(
             f"PAUSE: o valor {PAUSE} ({given['PAUSE'].layer}) deve ser menor que MAXTIME, "
@@ -1614,6 +1625,8 @@ complaint_interval = 60.0
 orphan_interval = 20.0
 orphan_pause = 0.02
 orphan_keys = 1000
+# Posições da fila conferidas em um passo: cada uma custa um EXISTS.
+queue_keys = 200
 
 
 class batch_entry(typing.NamedTuple):
@@ -1713,6 +1726,8 @@ class collector(threading.Thread):
         self.complaints = {}
         self.cursor, self.orphan_at = b"0", 0.0
         self.strangers, self.orphans = [], []
+        self.queue_at, self.queue_start = 0.0 if REDIS_QUEUE else math.inf, 0
+        self.queued, self.expired = [], []
 
     # -- chamados pelas outras threads ----------------------------------------
 
@@ -1915,9 +1930,9 @@ class collector(threading.Thread):
             moments.append(self.gone_at)
         if not self.main.is_open:
             return min(*moments, self.retry_at)
-        if self.hungry or self.removals or self.suspects or self.strangers or self.orphans:
+        if any((self.hungry, self.removals, self.suspects, self.strangers, self.orphans, self.queued, self.expired)):
             return 0.0
-        moments += [self.idle_at, self.recount_at, self.orphan_at, self.refused_at]
+        moments += [self.idle_at, self.recount_at, self.orphan_at, self.refused_at, self.queue_at]
         if self.waiting:
             moments += [self.census_at, self.probe_at]
         if self.paused:
@@ -2260,14 +2275,13 @@ class collector(threading.Thread):
         ]
         self.submissions = []
         if self.removals:
-            keys = [key for stream in self.removals for key in (stream.key, stream.list, stream.taken)]
-            batch.append(batch_entry([("UNLINK", *keys)], self.on_removal, self.removals))
+            batch.append(batch_entry(removal_commands(self.removals), self.on_removal, self.removals))
             self.removals = []
         takes = list(itertools.islice(self.hungry, round_takes))
         for stream in takes:
             del self.hungry[stream]
             batch.append(batch_entry(self.take_commands(stream), self.on_take, stream))
-        return batch + self.build_census(now) + self.build_renewal(now) + self.build_orphans(now)
+        return batch + self.build_census(now) + self.build_renewal(now) + self.build_orphans(now) + self.build_queue(now)
 
     def build_census(self, now):
         """Monta a consulta periódica, que responde por todos os que esperam.
@@ -2427,6 +2441,30 @@ class collector(threading.Thread):
             batch.append(batch_entry([command], self.on_scan, None))
         return batch
 
+    def build_queue(self, now):
+        """Monta um passo da procura por tarefas mortas na fila.
+
+        Todo fim tira a sua tarefa da fila; um proxy morto deixa nela as que tinha, e
+        sem um worker elas ficariam para sempre.
+
+        Argumentos:
+            now (float): instante do relógio monotônico, em segundos.
+        Retorna:
+            list[batch_entry]: vazia se não é hora.
+        """
+        batch = []
+        if self.expired:
+            expired, self.expired = self.expired, []
+            batch.append(batch_entry([("LREM", REDIS_QUEUE, 1, key) for key in expired], self.on_cleaning, None))
+        if self.queued:
+            queued, self.queued = self.queued, []
+            batch.append(batch_entry([("EXISTS", key) for key in queued], self.on_queued, queued))
+        if now >= self.queue_at:
+            self.queue_at = math.inf
+            command = ("LRANGE", REDIS_QUEUE, self.queue_start, self.queue_start + queue_keys - 1)
+            batch.append(batch_entry([command], self.on_queue, None))
+        return batch
+
     def take_commands(self, stream):
         """Monta a retirada de linhas de um stream.
 
@@ -2501,13 +2539,14 @@ class collector(threading.Thread):
             stream (stream): stream da tarefa.
             replies (list | Exception): respostas ou a falha da conexão.
         """
-        error = replies if isinstance(replies, Exception) else first_error(replies)
+        # Dentro da transação, só a fila pode falhar: não é uma lista.
+        error = replies if isinstance(replies, Exception) else first_error(replies) or first_error(replies[-1])
         if is_unable(error):
             self.lose_main(error)
         if error is None and not stream.ended:
             self.wait_for_lines(stream)
             self.renewals[stream] = time.monotonic() + REDIS_TTL / 3
-        stream.answers.put(replies[3][1] if error is None else error)
+        stream.answers.put(replies[-1][-1] if error is None else error)
 
     def on_removal(self, streams, replies):
         """Confere se as chaves foram apagadas.
@@ -2520,7 +2559,7 @@ class collector(threading.Thread):
             # Se o Redis demorar a voltar, a validade das chaves faz o serviço.
             self.removals = (streams + self.removals)[:10000]
         elif first_error(replies):
-            self.complain(f"o Redis não apagou as chaves das tarefas: {replies[0]}")
+            self.complain(f"o Redis não apagou as chaves das tarefas: {first_error(replies)}")
             self.refused = (streams + self.refused)[:10000]
             self.refused_at = time.monotonic() + removal_retry
 
@@ -2659,6 +2698,49 @@ class collector(threading.Thread):
         if not isinstance(replies, Exception):
             self.orphans = [name for i, name in enumerate(names) if replies[2 * i:2 * i + 2] == [0, -1]]
 
+    def on_queue(self, _, replies):
+        """Separa as tarefas da fila que não são de um stream vivo deste proxy.
+
+        Argumentos:
+            _ (None): sem uso.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        self.queue_at = time.monotonic() + orphan_interval
+        if isinstance(replies, Exception):
+            return
+        if first_error(replies):
+            self.complain(f"REDIS_QUEUE: as tarefas mortas não são procuradas na fila: {replies[0]}")
+            return
+        if len(replies[0]) < queue_keys:
+            self.queue_start = 0
+        else:
+            self.queue_start += queue_keys
+            self.queue_at += orphan_pause - orphan_interval
+        # Do que não é tarefa, posto ali por outro programa, a falta da chave nada diz.
+        prefix = REDIS_PREFIX.encode()
+        self.queued = [key for key in replies[0] if key not in self.names and key.startswith(prefix)]
+
+    def on_queued(self, keys, replies):
+        """Anota as tarefas da fila que não existem mais; uma chave nunca volta a existir.
+
+        Argumentos:
+            keys (list[bytes]): chaves das tarefas.
+            replies (list | Exception): se cada uma existe, ou a falha da conexão.
+        """
+        if not isinstance(replies, Exception):
+            self.expired = [key for key, reply in zip(keys, replies, strict=True) if reply == 0]
+            self.queue_start = max(0, self.queue_start - len(self.expired))
+
+    def on_cleaning(self, _, replies):
+        """Confere se as tarefas mortas saíram da fila.
+
+        Argumentos:
+            _ (None): sem uso.
+            replies (list | Exception): respostas ou a falha da conexão.
+        """
+        if not isinstance(replies, Exception) and first_error(replies):
+            self.complain(f"REDIS_QUEUE: as tarefas mortas não saem da fila: {first_error(replies)}")
+
     def on_renewal(self, _, replies):
         """Confere se a validade das chaves foi renovada.
 
@@ -2677,11 +2759,30 @@ def submit_commands(stream, payload):
         stream (stream): stream da tarefa.
         payload (bytes): JSON da tarefa.
     Retorna:
-        list[tuple]: uma transação: se o SET for recusado, nada é publicado.
+        list[tuple]: uma transação: se o SET for recusado, nada é publicado nem entra na
+        fila. A última resposta da transação é a do PUBLISH.
     """
+    queued = [("RPUSH", REDIS_QUEUE, stream.key)] if REDIS_QUEUE else []
     return [
-        ("MULTI",), ("SET", stream.key, payload, "EX", REDIS_TTL), ("PUBLISH", REDIS_CHANNEL, stream.key), ("EXEC",),
+        ("MULTI",), ("SET", stream.key, payload, "EX", REDIS_TTL), *queued, ("PUBLISH", REDIS_CHANNEL, stream.key),
+        ("EXEC",),
     ]
+
+
+def removal_commands(streams):
+    """Monta a remoção do que resta de streams encerrados.
+
+    Sair da fila a cada fim a mantém do tamanho do que está vivo: é o que torna barato
+    o LREM, que a percorre quando um worker já tirou a tarefa.
+
+    Argumentos:
+        streams (list[stream]): streams encerrados.
+    Retorna:
+        list[tuple]: comandos.
+    """
+    keys = [key for stream in streams for key in (stream.key, stream.list, stream.taken)]
+    queued = [("LREM", REDIS_QUEUE, 1, stream.key) for stream in streams] if REDIS_QUEUE else []
+    return [("UNLINK", *keys), *queued]
 
 
 # =============================================================================
@@ -3262,7 +3363,7 @@ def start_stream(request, body):
         client.reason = ended_error
         client.close()
         return redis_failure(answer) if isinstance(answer, Exception) else stopping_response()
-    if answer == 0:
+    if answer == 0 and not REDIS_QUEUE:
         log.warning("tarefa=%s ninguém ouve o canal %s: a tarefa espera por um worker", name, REDIS_CHANNEL)
     response = head_response(request)
     response.headers["X-Task-Name"] = name

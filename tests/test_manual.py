@@ -52,7 +52,7 @@ escapes = {"-": "-", "e": "\\", "(aq": "'", "(dq": '"', "(bu": "•", " ": " "}
 # Palavras em maiúsculas que não são configurações: siglas, comandos, métodos, sinais, palavras de fim.
 capitals = {
     *("HTTP", "NDJSON", "JSON", "URL", "TCP", "CORS", "ASCII", "TLS", "UUID", "UTF", "ACL", "README", "HOME"),
-    *("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "SUBSCRIBE", "SET", "RPUSH", "LPUSH", "DEL"),
+    *("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "SUBSCRIBE", "SET", "RPUSH", "LPUSH", "BLPOP", "LREM", "DEL"),
     *("CLIENT", "TRACKING", "EXPIRE", "SIGTERM", "SIGINT", "SIGHUP", "EOF", "EOL", "END", "NAME", "NOME"),
     *("OPÇÕES", "EXAMPLES", "EXEMPLOS", "NOTIFY_SOCKET", "JOURNAL_STREAM"),
 }

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Worker de exemplo do py-ndjson-proxy: recebe tarefas e responde em partes.
 
-Só precisa de redis-py. Lê REDIS_SERVER, REDIS_PASSWORD e REDIS_CHANNEL do ambiente,
-como o proxy. Para fazer o seu worker, troque a função answer().
+Só precisa de redis-py. Lê REDIS_SERVER, REDIS_PASSWORD, REDIS_CHANNEL e REDIS_QUEUE do
+ambiente, como o proxy. Com REDIS_QUEUE, tira as tarefas dessa lista, no lugar de ouvir o
+canal: nenhuma se perde por não haver um worker ouvindo, e só um a recebe. Para fazer o seu worker, troque a função answer().
 """
 import argparse
 import json
@@ -20,6 +21,8 @@ import redis.retry
 REDIS_SERVER = os.environ.get("REDIS_SERVER") or "127.0.0.1:6379/1"
 REDIS_PASSWORD = os.environ.get("REDIS_PASSWORD") or None
 REDIS_CHANNEL = os.environ.get("REDIS_CHANNEL") or "ndjson_jobs"
+REDIS_QUEUE = os.environ.get("REDIS_QUEUE") or None
+parallel = 16                   # tarefas da fila ao mesmo tempo neste processo
 DELAY = 0.3                     # segundos entre as palavras (--delay)
 expiry = 600                    # segundos; nada do que o worker cria dura mais que isso
 stopping = threading.Event()    # o sinal de término só levanta esta bandeira
@@ -105,27 +108,52 @@ def serve(link, task_key):
         log(f"tarefa {task_key.decode(errors='replace')} abandonada: {error}")
 
 
+def published(link):
+    """Produz a chave de cada tarefa publicada no canal; None ao assinar."""
+    channel = link.pubsub()
+    try:
+        channel.subscribe(REDIS_CHANNEL)
+        while not stopping.is_set():
+            message = channel.get_message(timeout=0.5) or {"type": None}
+            if message["type"] == "subscribe":
+                log(f"inscrito no canal {REDIS_CHANNEL}")
+                yield None
+            elif message["type"] == "message":
+                yield message["data"]
+    finally:
+        channel.close()
+
+
+def queued(link):
+    """Produz a chave de cada tarefa tirada da fila, que já não é de mais ninguém; None ao conectar."""
+    link.ping()
+    log(f"à espera na fila {REDIS_QUEUE}")
+    yield None
+    while not stopping.is_set():
+        if threading.active_count() > parallel:     # as outras ficam para quem estiver livre
+            stopping.wait(0.05)
+        elif popped := link.blpop(REDIS_QUEUE, timeout=1):
+            if stopping.is_set():                   # tirada tarde demais: volta para o seu lugar
+                link.lpush(REDIS_QUEUE, popped[1])
+                return
+            if link.exists(popped[1]):              # senão, venceu enquanto esperava
+                yield popped[1]
+
+
 def listen(link):
-    """Assina o canal pela conexão link e abre uma thread por tarefa, até o término. Sem retorno."""
+    """Recebe tarefas pela conexão link e abre uma thread para cada uma, até o término. Sem retorno."""
     pause = 0
     while not stopping.is_set():
-        channel = link.pubsub()
         try:
-            channel.subscribe(REDIS_CHANNEL)
-            while not stopping.is_set():
-                message = channel.get_message(timeout=0.5) or {"type": None}
-                if message["type"] == "subscribe":
-                    log(f"inscrito no canal {REDIS_CHANNEL}")
-                    pause = 0
-                elif message["type"] == "message":
-                    threading.Thread(target=serve, args=(link, message["data"])).start()
+            for task_key in queued(link) if REDIS_QUEUE else published(link):
+                pause = 0
+                if task_key:
+                    threading.Thread(target=serve, args=(link, task_key)).start()
         except redis.exceptions.RedisError as error:
             if not pause:           # uma linha por queda, não uma por tentativa
                 log(f"sem Redis, tentando de novo até conseguir: {error}")
             pause = min(pause * 2 or 0.25, 8)
             stopping.wait(pause)
-        finally:
-            channel.close()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 # Worker de exemplo do py-ndjson-proxy só com redis-cli, bash e sed.
 #
 # Uso: worker.sh [segundos entre as palavras, padrão 0.3]
-# Lê REDIS_SERVER, REDIS_PASSWORD e REDIS_CHANNEL do ambiente, como o proxy.
+# Lê REDIS_SERVER, REDIS_PASSWORD, REDIS_CHANNEL e REDIS_QUEUE do ambiente, como o proxy.
+# Com REDIS_QUEUE, tira as tarefas dessa lista, no lugar de ouvir o canal.
 # Se o Redis cair no meio de uma tarefa, ela é abandonada (worker.py mostra como continuar).
 set -uf                         # -f: as palavras da tarefa não são nomes de arquivos
 export LC_ALL=C                 # bytes, não letras: nada aqui depende do idioma da máquina
 
 server=${REDIS_SERVER:-127.0.0.1:6379/1}
 channel=${REDIS_CHANNEL:-ndjson_jobs}
+queue=${REDIS_QUEUE:-}
 delay=${1:-0.3}
 expiry=600                      # segundos; nada do que o worker cria dura mais que isso
 
@@ -103,13 +105,24 @@ stop() {
 listener=
 trap stop TERM INT HUP
 
+if [ -n "$queue" ]; then
+    ask=(-n "${database:-0}" BLPOP "$queue" 5)
+    log "à espera na fila $queue"
+else
+    ask=(SUBSCRIBE "$channel")
+fi
 pause=0
 while :; do
-    # redis-cli escreve três linhas por mensagem: tipo, canal e conteúdo.
-    exec 3< <(exec redis-cli "${options[@]}" SUBSCRIBE "$channel" </dev/null 2>&1)
+    # redis-cli escreve três linhas por mensagem do canal, tipo, canal e conteúdo; da fila, o
+    # nome dela e a chave, ou uma linha vazia, e sai.
+    exec 3< <(exec redis-cli "${options[@]}" "${ask[@]}" </dev/null 2>&1)
     listener=$!
     reason="conexão fechada"
-    while read -r kind <&3 || [ -n "$kind" ]; do
+    while IFS= read -r kind <&3 || [ -n "$kind" ]; do
+        [ -z "$queue" ] || case $kind in
+            "$queue")  IFS= read -r key <&3; reason=; serve "$key" & continue ;;
+            '')        reason= ;;
+        esac
         case $kind in
             subscribe) read -r _ <&3; read -r _ <&3; pause=0
                        log "inscrito no canal $channel" ;;
@@ -117,6 +130,7 @@ while :; do
             ?*)        reason=$kind ;;      # uma linha de erro
         esac
     done
+    [ -n "$reason" ] || { pause=0; continue; }
     # Uma linha por queda, não uma por tentativa.
     [ "$pause" -gt 0 ] || log "sem Redis, tentando de novo até conseguir: $reason"
     pause=$(( pause ? (pause < 8 ? pause * 2 : 8) : 1 ))

@@ -1,0 +1,230 @@
+"""REDIS_QUEUE: nenhuma tarefa se perde por falta de quem ouça, cada uma vai a um só worker, e a fila não cresce."""
+
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+import harness
+import support
+
+queue = "ndjson_fila"
+on = {"REDIS_QUEUE": queue}
+examples = harness.root / "packaging" / "examples"
+workers = {
+    "py": [sys.executable, str(examples / "worker.py"), "--delay", "0"],
+    "sh": [str(examples / "worker.sh"), "0"],
+}
+
+
+def taken(db, timeout=5):
+    """Tira uma tarefa da fila, como um worker.
+
+    Argumentos:
+        db: cliente do Redis.
+        timeout: espera máxima, em segundos.
+
+    Retorno:
+        A harness.task, ou None se nenhuma chegou.
+    """
+    popped = db.blpop(queue, timeout=timeout)
+    return popped and harness.task(db, popped[1].decode(), db.get(popped[1]))
+
+
+def waiting(db):
+    """Lista as tarefas da fila. Argumentos: db, cliente do Redis. Retorno: lista de bytes."""
+    return db.lrange(queue, 0, -1)
+
+
+def empty(db, what):
+    """Espera a fila se esvaziar. Argumentos: db, cliente do Redis; what, o que a esvazia."""
+    harness.eventually(lambda: not waiting(db), 5, f"fila vazia: {what}")
+
+
+def test_waits_for_a_worker(host, start_proxy, connect, db):
+    """Sem ninguém no canal, a tarefa espera na fila, sem aviso no log, e quem chega depois a responde."""
+    proxy = start_proxy(env=on)
+    opened = [connect(proxy).request("POST", f"/{number}").response() for number in range(5)]
+    names = [response.header("X-Task-Name") for response in opened]
+    assert waiting(db) == [f"ndjson_task_{name}".encode() for name in names]
+    for number, response in enumerate(opened):
+        task = taken(db)
+        assert (task.name, task.info["path"]) == (names[number], f"/{number}")
+        task.finish(f"linha {number}")
+        assert response.lines() == [f"linha {number}".encode()]
+        task.gone()
+    assert "ninguém ouve" not in proxy.log()
+    assert not waiting(db)
+
+
+def test_channel_still_works(host, start_proxy, connect, worker, db):
+    """O PUBLISH continua, e a tarefa que um worker do canal responde sai da fila."""
+    proxy = start_proxy("--queue", queue)
+    response, task = support.open_stream(connect, proxy, worker, "POST", "/")
+    assert waiting(db) == [task.key.encode()]
+    task.finish("ok")
+    assert response.lines() == [b"ok"]
+    empty(db, "a tarefa acabou")
+
+
+def test_every_end_leaves_the_queue(host, start_proxy, connect, db):
+    """Cliente que sai, tempo esgotado e parada tiram a tarefa da fila, mesmo sem worker algum."""
+    proxy = start_proxy("--maxtime", "300", "--drain", "0", env=on)
+    lines = connect(proxy).request("POST", "/").response().lines()
+    assert lines == [b'{"error": "timeout"}']
+    empty(db, "o tempo se esgotou")
+    proxy.stop()
+    proxy = start_proxy("--drain", "0", env=on)
+    conn = connect(proxy).request("POST", "/")
+    conn.response()
+    assert len(waiting(db)) == 1
+    conn.reset()
+    empty(db, "o cliente saiu")
+    last = connect(proxy).request("POST", "/").response()
+    assert len(waiting(db)) == 1
+    proxy.signal(signal.SIGTERM)
+    assert last.lines() == [b'{"error": "shutdown"}']
+    assert proxy.wait(10) == 0
+    assert not waiting(db)
+
+
+def test_dead_proxy(host, start_redis, start_proxy, connect):
+    """As tarefas de um proxy morto saem da fila quando vencem; as vivas, e o que não é tarefa, ficam."""
+    server = start_redis()
+    db = server.client()
+    dead = start_proxy(env=on, redis=server)
+    for _ in range(3):
+        connect(dead).request("POST", "/").response()
+    keys = waiting(db)
+    assert len(keys) == 3
+    dead.expected_status = -signal.SIGKILL
+    dead.kill()
+    # Outro proxy, com as suas próprias tarefas, cujas chaves este não conhece.
+    other = start_proxy(env=on, redis=server)
+    alive = connect(other).request("POST", "/").response()
+    db.rpush(queue, "de-outro-programa")
+    # Mais do que cabe em um passo, e tudo o que é morto vem antes e depois do que é vivo.
+    ghosts = [f"ndjson_task_{uuid.uuid4()}" for _ in range(1000)]
+    db.rpush(queue, *ghosts)
+    db.delete(*keys)
+    kept = [f"ndjson_task_{alive.header('X-Task-Name')}".encode(), b"de-outro-programa"]
+    start_proxy(env=on, redis=server)
+    harness.eventually(lambda: waiting(db) == kept, 10, "só o que é vivo na fila")
+    db.lrem(queue, 0, "de-outro-programa")
+    taken(db).finish("ok")
+    assert alive.lines() == [b"ok"]
+
+
+def test_refused_task_is_not_queued(host, start_redis, start_proxy, fetch):
+    """SET recusado (memória cheia): nem PUBLISH nem fila."""
+    server = start_redis("maxmemory-policy noeviction")
+    db = server.client()
+    proxy = start_proxy(env=on, redis=server)
+    db.config_set("maxmemory", 1)
+    response = fetch(proxy, "POST", "/", body=b"x")
+    assert (response.status, response.json()["error"]) == (500, "redis_error")
+    assert (server.calls("rpush"), server.calls("publish")) == (0, 0)
+    db.config_set("maxmemory", 0)
+    assert not waiting(db)
+
+
+def test_queue_of_another_type(host, start_redis, start_proxy, fetch, connect):
+    """A fila é uma chave de outro tipo: 500 com as palavras do Redis, um aviso já no início, e recuperação."""
+    server = start_redis()
+    db = server.client()
+    db.set(queue, "texto")
+    proxy = start_proxy(env=on, redis=server)
+    proxy.wait_log(r"aviso: REDIS_QUEUE: .*WRONGTYPE")
+    response = fetch(proxy, "POST", "/", body=b"x")
+    assert (response.status, response.json()["error"]) == (500, "redis_error")
+    assert "WRONGTYPE" in response.json()["message"]
+    harness.eventually(lambda: db.keys("*") == [queue.encode()], 5, "chaves da tarefa recusada apagadas")
+    db.delete(queue)
+    conn = connect(proxy).request("POST", "/")
+    taken(db).finish("ok")
+    assert conn.response().lines() == [b"ok"]
+
+
+@pytest.mark.parametrize("prefix", ["REDIS_PREFIX", "REDIS_LIST_PREFIX"])
+def test_name_in_conflict(prefix, tmp_path):
+    """Um nome que começa como as chaves das tarefas é recusado no início, com a frase de sempre."""
+    (tmp_path / "vazio.env").touch()
+    env = {"ENV_FILE": str(tmp_path / "vazio.env"), prefix: "abc:"}
+    for name in ("abc:", "abc:fila"):
+        done = harness.run_proxy("--queue", name, env=env)
+        assert done.status == 2, done
+        for word in ("REDIS_QUEUE", repr(name), "argumento --queue", prefix, "'abc:'"):
+            assert word in done.err
+
+
+@pytest.mark.parametrize("language", ["README.md", "README.en.md"])
+def test_acl_of_the_readme(language, host, start_redis, start_proxy, connect):
+    """As duas linhas de ACL do README bastam: tarefa, fila, fim e procura das mortas, sem uma queixa no log."""
+    text = pathlib.Path(harness.root, language).read_text(encoding="utf-8")
+    first, second = re.findall(r"ACL (SETUSER proxy .*)", text)
+    name = re.search(r"~(\S+) \+rpush", second)[1]
+    server = start_redis("user " + first.removeprefix("SETUSER ") + " " + second.removeprefix("SETUSER proxy "))
+    db = server.client()
+    db.rpush(name, f"ndjson_task_{uuid.uuid4()}")
+    proxy = start_proxy(
+        env={"REDIS_QUEUE": name, "REDIS_SERVER": f"redis://proxy:segredo@{server.address}"}, redis=server
+    )
+    conn = connect(proxy).request("POST", "/")
+    response = conn.response()
+    assert response.status == 200
+    harness.eventually(lambda: db.llen(name) == 1, 5, "a tarefa morta saiu")
+    key = db.lindex(name, 0).decode()
+    harness.task(db, key, db.get(key)).finish("ok")
+    assert response.lines() == [b"ok"]
+    harness.eventually(lambda: not db.exists(name), 5, "a tarefa saiu da fila")
+    assert "NOPERM" not in proxy.log() and "REDIS_QUEUE" not in proxy.log()
+
+
+@pytest.fixture
+def run_workers(redis_main, db):
+    """Fábrica de workers de exemplo: run_workers(forma, quantos), com a fila no ambiente.
+
+    Retorno:
+        Função que devolve a lista de subprocess.Popen; ao fim, todos devem sair com 0.
+    """
+    running = []
+
+    def run(form, count):
+        """Inicia workers. Argumentos: form, py ou sh; count, quantos. Retorno: lista de subprocess.Popen."""
+        env = {**harness.base_environment(), "REDIS_SERVER": redis_main.address, "REDIS_QUEUE": queue}
+        started = [subprocess.Popen(workers[form], env=env, start_new_session=True) for _ in range(count)]
+        running.extend(started)
+        return started
+
+    yield run
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    statuses = [process.wait(15) for process in running]
+    claims = db.keys("worker:claim:*")
+    if claims:
+        db.delete(*claims)
+    assert statuses == [0] * len(running)
+
+
+@pytest.mark.parametrize("form", workers)
+def test_example_workers(form, host, start_proxy, connect, run_workers, db):
+    """Dez tarefas enfileiradas antes de haver worker: três workers as repartem, cada uma respondida uma só vez."""
+    proxy = start_proxy(env=on)
+    # Uma tarefa que venceu enquanto esperava, no começo da fila, não atrapalha as outras.
+    db.lpush(queue, f"ndjson_task_{uuid.uuid4()}")
+    opened = [connect(proxy).request("POST", "/", body=f"oi {number}".encode()).response() for number in range(10)]
+    run_workers(form, 3)
+    for number, lines in enumerate(harness.read_all(opened, 40)):
+        assert lines == [
+            b'{"type": "begin"}',
+            b'{"type": "item", "content": "oi "}',
+            f'{{"type": "item", "content": "{number} "}}'.encode(),
+            b'{"type": "end"}',
+        ]
+    empty(db, "todas respondidas")
+    # E uma que chega com os workers já à espera.
+    assert len(connect(proxy).request("POST", "/", body=b"a").response().lines()) == 3
