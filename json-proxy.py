@@ -1060,9 +1060,9 @@ wake_channel = "__redis__:invalidate"
 # da resposta, a linha não está mais na lista nem chegou aqui. Por isso o que sai
 # da lista fica guardado, com o número do pedido, até o pedido seguinte; o pedido
 # repetido recebe o guardado. Um número menor que o guardado é de um pedido que se
-# atrasou na rede e já foi repetido por outra conexão: não pode tirar nada. TYPE e LPOP são um só passo: o fim só é declarado
-# quando a chave sumiu E a lista se esvaziou no mesmo instante; se a chave sumiu e
-# ainda há linhas, o tipo devolvido é "more".
+# atrasou na rede e já foi repetido por outra conexão: não pode tirar nada. TYPE e
+# LPOP são um só passo: o fim só é declarado quando a chave sumiu E a lista se esvaziou
+# no mesmo instante; se a chave sumiu e ainda há linhas, o tipo devolvido é "more".
 take_script = """
 local kind = redis.call('TYPE', KEYS[1]).ok
 local past = tonumber(string.match(redis.call('GETRANGE', KEYS[3], 0, 19), '^%d+')) or 0
