@@ -1103,7 +1103,7 @@ return found
 
 
 # Respostas do Redis que impedem a conexão; as do redis-py não derivam todas de ResponseError.
-refusals = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
+redis_refusals = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 
 
 def redis_pool():
@@ -2133,7 +2133,7 @@ class collector(threading.Thread):
         if not self.is_down:
             log.warning("Redis fora do ar: %s", error)
             self.hurry_status()
-        elif isinstance(error, refusals) and str(error) != self.refusal:
+        elif isinstance(error, redis_refusals) and str(error) != self.refusal:
             # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
             log.warning("Redis ainda fora do ar: %s", error)
         self.is_down, self.refusal = True, str(error)
