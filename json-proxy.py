@@ -446,7 +446,8 @@ day = 24 * 60 * 60 * 1000
 settings = [
     setting("HTTP_PORT", ("-p", "--port"), integer(0, 65535), "8771", "HTTP", "",
             "porta HTTP; 0 escolhe uma porta livre, informada no log"),
-    setting("HTTP_HOST", ("--host",), host_kind, "0.0.0.0", "HTTP", "",
+    # O padrão é o da especificação; quem quer menos tem HTTP_HOST, AUTH_TOKEN e localhost-only.conf.
+    setting("HTTP_HOST", ("--host",), host_kind, "0.0.0.0", "HTTP", "",  # nosec B104
             "endereço em que o servidor escuta; :: atende IPv6 e IPv4"),
     setting("HTTP_SERVER", ("--server",), choice("flask", "waitress"), "flask", "HTTP", "",
             "servidor HTTP que hospeda a aplicação"),

@@ -82,6 +82,8 @@ def test_refusals(guarded, connect):
             refused(connect(proxy).request(method, "/x", headers).response(), method)
             tried += 1
     refused(connect(proxy).request("POST", f"/x?access_token={token}", body=f"access_token={token}").response())
+    # Um método que ninguém atende é recusado antes de se olhar o token.
+    assert connect(proxy).request("TRACE", "/x").response().status == 405
     refused(connect(proxy).request("POST", "/ping/").response())
     assert tried == 3 * len(wrong_headers)
     worker.idle()
