@@ -391,7 +391,8 @@ class fleet:
             while self.active < parallel and len(self.requests) < tasks // 2:
                 self.ask()
             self.step()
-        # A morte vem no meio de uma rajada: há requisições em todos os pontos do caminho.
+        # A morte vem com streams em todas as idades e no meio de uma rajada: há requisições em todos os pontos do caminho.
+        self.pump(lambda: any(item.ended for item in self.requests.values()), "o fim do primeiro stream")
         fresh = [self.ask() for _ in range(min(burst, tasks // 5))]
         self.pump(lambda: any(item.head for item in fresh), "um cabeçalho da rajada")
         self.kill(self.members[0])
@@ -427,6 +428,7 @@ class fleet:
         fresh = [self.ask(method, True) for method in ("POST", "GET", "PUT") for _ in range(caught // 3)]
         self.pump(lambda: self.waiting() == proxies - 1, "os dois proxies à espera do Redis")
         victim.child.send_signal(signal.SIGSTOP)
+        self.pump(lambda: frozen(victim.child.pid), "o proxy congelado")
         self.link.execute_command("CLIENT", "UNPAUSE")
 
         def ready():
@@ -443,31 +445,66 @@ class fleet:
         """Conta os proxies que esperam por uma escrita no Redis (int)."""
         return sum("b" in row["flags"] for row in self.link.client_list() if row["name"] == "py-ndjson-proxy")
 
-    def watch_expiry(self, names):
-        """Espera que as chaves dos proxies mortos sumam.
+    def come_back(self):
+        """Faz uma tarefa de cada vez, até que o nginx volte a tentar um morto, passado o fail_timeout.
+
+        Retorna:
+            list: as requisições. Um POST que acha o morto passa a um vivo, e chega inteiro como os outros.
+        """
+        fresh = []
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            fresh.append(self.ask(after=True))
+            self.pump(lambda: not self.active, "o fim de uma tarefa")
+            self.pump(lambda: len(self.balancer.records()) == len(self.requests), "o log do nginx")
+            if len(self.balancer.records()[fresh[-1].number]["tries"]) > 1:
+                break
+        return fresh
+
+    def look_at_keys(self, names):
+        """Confere as chaves que há quando todos os streams acabaram.
 
         Argumentos:
             names: nomes (UUID) das tarefas dos proxies mortos.
 
         Retorna:
-            dict: seconds até não haver mais nenhuma chave, stray (chaves que não são deles) e endless (sem validade).
+            dict: stray (chaves que não são deles) e endless (sem validade, ou com uma maior que a pedida).
         """
-        began = time.monotonic()
         stray = endless = {"?"}
+        deadline = time.monotonic() + patience / 4
         # O que é de um proxy vivo ele apaga logo; a lista sem validade, um proxy vivo a acha e lhe dá uma.
-        while (stray or endless) and time.monotonic() < began + patience / 4:
+        while (stray or endless) and time.monotonic() < deadline:
             found = self.traces()
             stray = {name for name in found if not any(word in names for word in re.findall(r"[0-9a-f-]{36}", name))}
             endless = {name for name, age in found.items() if not 0 <= age <= expiry}
             time.sleep(0.05)
-        while self.redis.keys() and time.monotonic() < began + expiry + patience:
+        return {"stray": sorted(stray), "endless": sorted(endless)}
+
+    def watch_expiry(self):
+        """Espera que as chaves dos proxies mortos sumam.
+
+        Retorna:
+            list: as que não sumiram.
+        """
+        deadline = time.monotonic() + expiry + patience
+        while (found := self.traces()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        return {
-            "seconds": time.monotonic() - began,
-            "stray": sorted(stray),
-            "endless": sorted(endless),
-            "left": self.redis.keys(),
-        }
+        return sorted(found)
+
+
+def frozen(pid):
+    """Diz se todas as threads de um processo estão paradas.
+
+    Argumentos:
+        pid: o processo.
+
+    Retorna:
+        bool: verdadeiro se estão.
+    """
+    stats = pathlib.Path(f"/proc/{pid}/task").glob("*/stat")
+    return all(
+        item.read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0] == "T" for item in stats
+    )
 
 
 def task_name(key):
@@ -582,15 +619,18 @@ def prove(tasks, server, config):
         made = rigged.made()
         told |= judge_load(made, main, records, dead[0])
         told["caught"] = judge_catch(made, second, records, dead)
-        told["resent"] = resent(records)
         orphans = {
             task_name(key)
             for number, row in records.items()
             if row["tries"][-1][0] in dead
             for key in made.get(number, ())
         }
-        told["expiry"] = rigged.watch_expiry(orphans)
+        told["keys"] = rigged.look_at_keys(orphans)
         told["left"] = sum(any(name in key for name in orphans) for key in told["left"])
+        late = rigged.come_back()
+        told["back"] = judge_load(rigged.made(), late, rigged.balancer.records(), dead[0]) | {"tasks": len(late)}
+        told["unexpired"] = rigged.watch_expiry()
+        told["resent"] = resent(rigged.balancer.records())
         told["proxies"] = [
             sum(records[item.number]["tries"][-1][0] == part.address for item in main) for part in rigged.members
         ]
@@ -611,7 +651,7 @@ def failures(told):
     Retorna:
         list: frases; vazia se todas foram cumpridas.
     """
-    caught, ended = told["caught"], told["expiry"]
+    caught, keys, back = told["caught"], told["keys"], told["back"]
     rules = [
         (
             told["lost"],
@@ -622,14 +662,16 @@ def failures(told):
         (told["foreign"], f"{told['foreign']} tarefas com linhas alheias"),
         (told["resent"], f"requisições já enviadas foram reenviadas a outro proxy: {told['resent'][:5]}"),
         (caught["wrong"], f"depois da segunda morte: {caught['wrong'][:3]}"),
-        (ended["stray"], f"chaves que não são dos proxies mortos ficaram: {ended['stray'][:3]}"),
-        (ended["endless"], f"chaves sem validade, ou com validade maior que a pedida: {ended['endless'][:3]}"),
-        (ended["left"], f"{ended['left']} chaves não sumiram"),
+        (keys["stray"], f"chaves que não são dos proxies mortos ficaram: {keys['stray'][:3]}"),
+        (keys["endless"], f"chaves sem validade, ou com validade maior que a pedida: {keys['endless'][:3]}"),
+        (told["unexpired"], f"{len(told['unexpired'])} chaves não sumiram: {told['unexpired'][:3]}"),
+        (back["whole"] != back["tasks"] or back["doubled"], f"passado o fail_timeout: {back['reasons'][:3]}"),
         (told["strange"], f"tarefas que não são as pedidas: {told['strange'][:3]}"),
         (told["logs"], f"Traceback no log de {told['logs']}"),
         # Uma prova em que nada se quebrou não prova nada.
-        (not told["broken"], "nenhum stream se quebrou: a morte não foi no meio"),
+        (told["broken"] <= told["unheard"], "nenhum streaming começado se quebrou: a morte não foi no meio"),
         (not told["left"], "o proxy morto não deixou chaves"),
+        (not back["passed_on"], "passado o fail_timeout, o nginx não tentou o proxy morto"),
         (not caught["tasks"], "na segunda morte, nenhuma requisição tinha feito a tarefa"),
         (not all(told["proxies"]) or not all(told["workers"]), "algum proxy ou worker ficou sem tarefas"),
     ]
@@ -645,7 +687,7 @@ def show(told):
     Retorna:
         str: o texto, em markdown.
     """
-    caught = told["caught"]
+    caught, back = told["caught"], told["back"]
     head = ("servidor", "tarefas", "inteiras", "quebradas pela morte", "curtas", "perdidas", "dobradas", "alheias")
     row = [told[name] for name in ("server", "tasks", "whole", "broken", "short", "lost", "doubled", "foreign")]
     head += ("segundos", "por proxy", "por worker")
@@ -660,7 +702,8 @@ Morte do proxy 1 depois de {told["killed_at"]} tarefas ({told["unheard"]} ainda 
 {told["after"]}; acharam o morto e passaram a outro: {told["passed_on"]}; reenviadas: {len(told["resent"])}.
 Morte do proxy 2 com {caught["sent"]} requisições sem resposta, {caught["tasks"]} delas com a tarefa já feita: todas devem
 receber 502 e não ser reenviadas; as que não cumprem isso, ou que foram a outro proxy e não acabaram bem: {len(caught["wrong"])}.
-Chaves deixadas pelo proxy 1: {told["left"]}; a última dos dois sumiu {told["expiry"]["seconds"]:.1f} s depois do fim (REDIS_TTL {expiry} s).
+Passado o fail_timeout: {back["tasks"]} tarefas, {back["passed_on"]} acharam um morto e passaram ao vivo, {back["whole"]} inteiras.
+Chaves na morte do proxy 1, das tarefas dele: {told["left"]}; sem sumir no fim (REDIS_TTL {expiry} s): {len(told["unexpired"])}.
 
 {verdict}
 """
