@@ -3504,6 +3504,8 @@ own_descriptors = 32
 refusal_descriptors = 64
 # Tempo, em segundos, que uma conexão recusada tem para ler a resposta.
 discard_patience = 1.0
+# Intervalo, em segundos, em que a thread principal procura por sinais.
+signal_interval = 0.5
 # Pausa, em segundos, antes de aceitar de novo, se faltam descritores.
 accept_pause = 0.1
 # Tempo, em segundos, que uma thread do servidor do Flask espera por outro cliente.
@@ -4467,10 +4469,12 @@ def serve_waitress(listener):
 
     # O laço do waitress envia e fecha as respostas: deve viver até o fim delas.
     threading.Thread(target=server.run, name="waitress", daemon=True).start()
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        server.trigger.pull_trigger(close_listener)
+    with contextlib.suppress(KeyboardInterrupt):
+        while not stop.is_requested:
+            # O sistema pode entregar o sinal a outra thread, o que não acorda esta, a
+            # única em que o Python o trata: uma espera sem prazo o perderia.
+            time.sleep(signal_interval)
+    server.trigger.pull_trigger(close_listener)
     return unfinished
 
 
