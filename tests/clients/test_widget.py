@@ -182,6 +182,8 @@ def test_trap_heartbeat_before_the_history(start_proxy, open_widget, worker):
     task = worker.next()
     # O batimento é de 50 ms; com um segundo de página, algum já chegou.
     harness.eventually(lambda: page.evaluate("performance.now()") > 1000, 10, "um segundo de página")
+    # Até o histórico vir, não há onde escrever.
+    expect(page.locator("[data-test-id=chat-input]")).to_be_hidden()
     task.finish(json.dumps({"data": [{"id": ["AIMessage"], "kwargs": {"content": "perdida"}}]}))
     say(page, "Olá")
     task = worker.next()
