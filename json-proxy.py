@@ -38,6 +38,7 @@ Consulta
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import difflib
@@ -47,6 +48,8 @@ import heapq
 import hmac
 import http
 import http.client
+import http.server
+import importlib.util
 import io
 import ipaddress
 import itertools
@@ -499,6 +502,10 @@ settings = [
             "prazo para a requisição chegar inteira, com o corpo; vencido, recebe 408"),
     setting("ONE_CORE", ("--one-core",), switch_kind, "on", "Limites", "",
             "prende o processo a um núcleo: sob o GIL, os outros só atrasam a troca de threads"),
+    setting("METRICS_PORT", ("--metrics-port",), integer(0, 65535), "0", "Métricas", "",
+            "porta das métricas para o Prometheus, em /metrics; 0 desliga"),
+    setting("METRICS_HOST", ("--metrics-host",), host_kind, "127.0.0.1", "Métricas", "",
+            "endereço em que as métricas são servidas, sem senha"),
     setting("LOG_LEVEL", ("--log-level",), choice("debug", "info", "warning", "error"), "info", "Log", "",
             "nível mínimo das mensagens de log"),
     setting("ENV_FILE", ("-f", "--env-file"), pattern(r"[^\x00:]+(:[^\x00:]+)*", "o caminho de um arquivo, ou de vários separados por :"),
@@ -534,6 +541,8 @@ MAX_STREAMS: int = ...
 MAX_BODY: int = ...
 REQUEST_TIMEOUT: int = ...
 ONE_CORE: bool = ...
+METRICS_PORT: int = ...
+METRICS_HOST: str = ...
 LOG_LEVEL: str = ...
 ENV_FILE: str = ...
 
@@ -787,6 +796,11 @@ def check_combinations(given):
         raise configuration_error(
             f"REDIS_LIST_PREFIX: o valor {REDIS_LIST_PREFIX!r} ({given['REDIS_LIST_PREFIX'].layer}) "
             "deve ser diferente de REDIS_PREFIX, pois uma chave do Redis só tem um tipo"
+        )
+    if METRICS_PORT and importlib.util.find_spec("prometheus_client") is None:
+        raise configuration_error(
+            f"METRICS_PORT: o valor {METRICS_PORT} ({given['METRICS_PORT'].layer}) pede o módulo prometheus_client, "
+            "que falta; no Debian: apt install python3-prometheus-client"
         )
     for name, prefix in (("REDIS_PREFIX", REDIS_PREFIX), ("REDIS_LIST_PREFIX", REDIS_LIST_PREFIX)):
         if REDIS_QUEUE.startswith(prefix):
@@ -1713,7 +1727,7 @@ class collector(threading.Thread):
         self.main_fd = self.wake_fd = -1
         self.wake_error = None
         self.is_down = self.wake_lost = self.wake_refused = self.scripts_refused = False
-        self.failures = 0
+        self.failures = self.cuts = self.returns = self.wake_cuts = 0
         self.retry_at = self.wake_retry_at = self.census_at = self.gone_at = 0.0
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
         self.recount_at = self.stop_at = self.probe_at = self.refused_at = math.inf
@@ -1905,11 +1919,14 @@ class collector(threading.Thread):
 
     def sleep(self):
         """Dorme até um pedido, um aviso, um cliente que sai ou o próximo prazo."""
-        timeout = max(0.0, self.next_moment() - time.monotonic())
+        moment = self.next_moment()
+        timeout = max(0.0, moment - time.monotonic())
         self.asleep = True
         # A caixa é olhada depois de asleep: quem chegou antes não tocou o alarme.
         events = self.poller.poll(0 if self.inbox else timeout)
         self.asleep = False
+        if meter is not None:
+            meter.note_wake(moment, time.monotonic())
         for descriptor, _ in events:
             if descriptor == self.alarm:
                 os.eventfd_read(self.alarm)
@@ -2118,6 +2135,7 @@ class collector(threading.Thread):
         # caiu, o que se sabe em instantes, a linha sobre o Redis já diz tudo.
         if not self.wake_lost:
             self.wake_error = error
+            self.wake_cuts += 1
         self.wake_retry_at = time.monotonic() + (wake_retry if self.wake_lost else wake_patience)
         self.wake_lost = True
 
@@ -2132,6 +2150,7 @@ class collector(threading.Thread):
         self.main_fd = self.wake_fd = -1
         self.wake_lost = False
         if not self.is_down:
+            self.cuts += 1
             log.warning("Redis fora do ar: %s", error)
             self.hurry_status()
         elif isinstance(error, redis_refusals) and str(error) != self.refusal:
@@ -2160,6 +2179,7 @@ class collector(threading.Thread):
             self.refuse(error)
             return False
         self.is_down = False
+        self.returns += 1
         self.hurry_status()
         log.info("Redis de volta")
         return True
@@ -2242,8 +2262,9 @@ class collector(threading.Thread):
         if not batch:
             return
         self.idle_at = now + idle_ping
+        commands = [command for entry in batch for command in entry.commands]
         try:
-            replies = self.main.call([command for entry in batch for command in entry.commands])
+            replies = self.main.call(commands)
         except (redis.RedisError, OSError) as error:
             self.lose_main(error)
             for entry in batch:
@@ -2253,6 +2274,8 @@ class collector(threading.Thread):
                 self.read_inbox()
                 self.refuse(error)
             return
+        if meter is not None:
+            meter.note_round(len(commands), time.monotonic() - now)
         position = 0
         for entry in batch:
             entry.on_reply(entry.subject, replies[position:position + len(entry.commands)])
@@ -2800,6 +2823,7 @@ ended_timeout = "timeout"
 ended_client = "cliente"
 ended_shutdown = "shutdown"
 ended_error = "erro"
+end_reasons = (ended_done, ended_word, ended_timeout, ended_client, ended_shutdown, ended_error)
 
 
 class stream_gate:
@@ -3040,6 +3064,9 @@ class stream:
         """
         if self.first_line is None:
             self.first_line = time.monotonic()
+            # Sem nenhuma retirada, esta é uma linha de erro nossa.
+            if meter is not None and self.sequence > 1:
+                meter.note_first_line(self.first_line - self.started)
         self.lines += lines
         self.bytes += len(chunk)
         return chunk
@@ -3050,11 +3077,14 @@ class stream:
             return
         hub.release(self)
         gate.leave()
+        duration = time.monotonic() - self.started
+        if meter is not None:
+            meter.finish(self, duration)
         first = "-" if self.first_line is None else round((self.first_line - self.started) * 1000)
         log.info(
             "tarefa=%s cliente=%s metodo=%s caminho=%s fim=%s linhas=%d bytes=%d primeira_ms=%s duracao_ms=%d",
             self.name, self.client, self.method, self.path, self.reason, self.lines, self.bytes, first,
-            round((time.monotonic() - self.started) * 1000),
+            round(duration * 1000),
         )
 
 
@@ -3178,6 +3208,8 @@ def error_response(status, code, message, headers=()):
     Retorna:
         flask.Response: corpo JSON {"error", "message"}.
     """
+    if meter is not None:
+        meter.note_refusal(status, code)
     return flask.Response(error_line(code, message), status, headers, content_type="application/json")
 
 
@@ -3364,7 +3396,11 @@ def start_stream(request, body):
         client.reason = ended_error
         client.close()
         return redis_failure(answer) if isinstance(answer, Exception) else stopping_response()
+    if meter is not None:
+        meter.begin(client)
     if answer == 0 and not REDIS_QUEUE:
+        if meter is not None:
+            meter.note_unheard()
         log.warning("tarefa=%s ninguém ouve o canal %s: a tarefa espera por um worker", name, REDIS_CHANNEL)
     response = head_response(request)
     response.headers["X-Task-Name"] = name
@@ -3476,6 +3512,8 @@ def host_error(status, head):
         tuple: (corpo em bytes, lista de pares de cabeçalhos, sem Content-Length).
     """
     code, message = error_codes.get(status, error_codes[400 if status < 500 else 500])
+    if meter is not None:
+        meter.note_refusal(status, code)
     found = origin_line.search(head)
     origin = found[1].decode("ascii") if found else None
     headers = [("Content-Type", "application/json"), ("X-Author", author), *cors_headers(origin)]
@@ -4021,16 +4059,19 @@ class descriptor_alarm:
 alarm = descriptor_alarm()
 
 
-def open_listener():
-    """Abre o socket em que o servidor escuta.
+def open_listener(host, port):
+    """Abre o socket em que um servidor escuta.
 
+    Argumentos:
+        host (str): endereço ou nome desta máquina.
+        port (int): porta; 0 escolhe uma livre.
     Retorna:
-        socket.socket: socket escutando em HTTP_HOST e HTTP_PORT.
+        socket.socket: socket escutando.
     Levanta:
         OSError: se o endereço não existe ou a porta está ocupada.
     """
-    family = socket.AF_INET6 if ":" in HTTP_HOST else socket.AF_INET
-    address = socket.getaddrinfo(HTTP_HOST, HTTP_PORT, family, socket.SOCK_STREAM)[0][4]
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -4482,12 +4523,319 @@ hosts = {"flask": serve_flask, "waitress": serve_waitress}
 
 
 # =============================================================================
+# Métricas, para o Prometheus
+# =============================================================================
+# Desligadas (meter é None), não custam nada. Ligadas, o caminho de uma linha só paga
+# por uma ida ao Redis; o resto são números que o programa já guarda, lidos na hora.
+
+# Limites das faixas: segundos até a primeira linha, da duração, de uma ida ao Redis
+# e do atraso do coletor; e comandos em uma ida.
+first_line_limits = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+duration_limits = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+round_limits = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 2)
+lag_limits = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+command_limits = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+# Tempo máximo, em segundos, de quem pede as métricas e não fala.
+metrics_timeout = 10
+# Erros que não estão em error_codes.
+refusal_codes = (
+    (401, "unauthorized"), (405, "method_not_allowed"), (500, "redis_error"), (503, "shutdown"),
+    (503, "too_many_streams"), (504, "redis_unavailable"),
+)
+
+
+class histogram:
+    """Valores contados em faixas; quem observa cuida de que seja uma thread por vez."""
+
+    def __init__(self, limits):
+        """Começa vazio.
+
+        Argumentos:
+            limits (tuple): maior valor de cada faixa; há mais uma, sem limite.
+        """
+        self.limits = limits
+        self.counts = [0] * (len(limits) + 1)
+        self.total = 0.0
+
+    def observe(self, value):
+        """Conta um valor.
+
+        Argumentos:
+            value (float): o valor.
+        """
+        self.counts[bisect.bisect_left(self.limits, value)] += 1
+        self.total += value
+
+    def buckets(self):
+        """Soma as faixas como o Prometheus as quer.
+
+        Retorna:
+            list: pares (limite em texto, quantos valores até ele).
+        """
+        names = [*map(str, map(float, self.limits)), "+Inf"]
+        return list(zip(names, itertools.accumulate(self.counts), strict=True))
+
+
+class metrics_server(http.server.ThreadingHTTPServer):
+    """Servidor HTTP das métricas, que não escreve no log o que um cliente faz."""
+
+    daemon_threads = True
+
+    def __init__(self, listener, handler):
+        """Recebe o socket pronto.
+
+        Argumentos:
+            listener (socket.socket): socket escutando.
+            handler (type): quem atende uma conexão.
+        """
+        super().__init__(listener.getsockname(), handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+
+    def get_request(self):
+        """Aceita uma conexão.
+
+        Retorna:
+            tuple: (socket, endereço do cliente).
+        Levanta:
+            OSError: se o sistema não tem mais descritores ou o cliente desistiu.
+        """
+        try:
+            return super().get_request()
+        except OSError:
+            # Faltando descritores a conexão continua na fila, e o laço giraria à toa.
+            time.sleep(0.1)
+            raise
+
+    def handle_error(self, request, client_address):
+        """Registra em debug a falha de uma conexão.
+
+        Argumentos:
+            request (socket.socket): conexão.
+            client_address (tuple): endereço do cliente.
+        """
+        log.debug("métricas: %s", sys.exc_info()[1])
+
+
+class metrics_meter:
+    """O que o programa conta para as métricas e o servidor que as mostra."""
+
+    def __init__(self, listener):
+        """Começa a contar e a servir.
+
+        Argumentos:
+            listener (socket.socket): socket escutando em METRICS_HOST e METRICS_PORT.
+        """
+        # Importado só aqui: sem métricas, o módulo pode nem existir.
+        import prometheus_client
+        import prometheus_client.core
+
+        self.library = prometheus_client
+        self.lock = threading.Lock()
+        self.live = {}
+        self.ends = dict.fromkeys(end_reasons, 0)
+        known = (*refusal_codes, *((status, code) for status, (code, _) in error_codes.items()))
+        self.refusals = dict.fromkeys(sorted(known), 0)
+        self.lines = self.bytes = self.unheard = 0
+        self.first_line, self.duration = histogram(first_line_limits), histogram(duration_limits)
+        self.rounds, self.commands = histogram(round_limits), histogram(command_limits)
+        self.lag = histogram(lag_limits)
+        registry = prometheus_client.CollectorRegistry()
+        registry.register(self)
+        prometheus_client.ProcessCollector(namespace="ndjson_proxy", registry=registry)
+        handler = prometheus_client.MetricsHandler.factory(registry)
+        handler.timeout = metrics_timeout
+        handler.version_string = lambda self: SERVERNAME
+        self.server = metrics_server(listener, handler)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.1,), name="métricas", daemon=True)
+        self.thread.start()
+        log.info("métricas: http://%s:%d/metrics", url_host(METRICS_HOST), METRICS_PORT)
+
+    def stop(self):
+        """Deixa de servir e fecha a porta."""
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    # -- contagem ---------------------------------------------------------------
+
+    def begin(self, stream):
+        """Passa a somar as linhas de um stream enquanto ele vive.
+
+        Argumentos:
+            stream (stream): stream cuja tarefa foi aceita.
+        """
+        with self.lock:
+            self.live[stream] = None
+
+    def finish(self, stream, duration):
+        """Conta o fim de um stream.
+
+        Argumentos:
+            stream (stream): stream encerrado.
+            duration (float): da requisição ao fim, em segundos.
+        """
+        with self.lock:
+            self.live.pop(stream, None)
+            self.ends[stream.reason] += 1
+            self.lines += stream.lines
+            self.bytes += stream.bytes
+            self.duration.observe(duration)
+
+    def note_first_line(self, seconds):
+        """Conta a primeira linha de um stream.
+
+        Argumentos:
+            seconds (float): da requisição a ela.
+        """
+        with self.lock:
+            self.first_line.observe(seconds)
+
+    def note_refusal(self, status, code):
+        """Conta um erro respondido antes do streaming.
+
+        Argumentos:
+            status (int): status HTTP.
+            code (str): código do erro.
+        """
+        with self.lock:
+            self.refusals[status, code] = self.refusals.get((status, code), 0) + 1
+
+    def note_unheard(self):
+        """Conta uma tarefa publicada sem ninguém ouvindo."""
+        with self.lock:
+            self.unheard += 1
+
+    def note_round(self, commands, seconds):
+        """Conta uma ida ao Redis; só o coletor chama, e por isso sem trava.
+
+        Argumentos:
+            commands (int): comandos enviados.
+            seconds (float): de reunir os comandos à última resposta.
+        """
+        self.commands.observe(commands)
+        self.rounds.observe(seconds)
+
+    def note_wake(self, moment, now):
+        """Conta o atraso do coletor; só ele chama, e por isso sem trava.
+
+        Argumentos:
+            moment (float): quando havia algo a fazer; 0.0 se já havia, ou infinito.
+            now (float): quando ele acordou.
+        """
+        if 0.0 < moment <= now:
+            self.lag.observe(now - moment)
+
+    # -- leitura ----------------------------------------------------------------
+
+    def collect(self):
+        """Lê tudo; é o que o prometheus_client chama a cada consulta.
+
+        Retorna:
+            iterator: famílias de métricas.
+        """
+        with self.lock:
+            lines = self.lines + sum(stream.lines for stream in self.live)
+            size = self.bytes + sum(stream.bytes for stream in self.live)
+            ends = [((name,), count) for name, count in self.ends.items()]
+            refusals = [((str(status), code), count) for (status, code), count in self.refusals.items()]
+            first_line = self.histogram("first_line_seconds", "Da requisição à primeira linha.", self.first_line)
+            duration = self.histogram("stream_seconds", "Da requisição ao fim do streaming.", self.duration)
+        yield first_line
+        yield duration
+        yield self.labelled("info", "Versão e servidor HTTP.", ("version", "server"), [((version, HTTP_SERVER), 1)])
+        yield self.gauge("streams", "Streams vivos.", gate.alive)
+        yield self.gauge("streams_limit", "MAX_STREAMS.", MAX_STREAMS)
+        yield self.gauge("threads", "Threads do processo.", threading.active_count())
+        yield self.labelled("tasks", "Tarefas terminadas, por motivo do fim.", ("reason",), ends, is_counter=True)
+        yield self.labelled("requests_refused", "Requisições recusadas antes do streaming.", ("status", "reason"),
+                            refusals, is_counter=True)
+        yield self.counter("lines", "Linhas enviadas, as de erro inclusive.", lines)
+        yield self.counter("sent_bytes", "Bytes de linhas enviados.", size)
+        yield self.counter("tasks_unheard", "Tarefas publicadas sem ninguém no canal nem fila.", self.unheard)
+        yield from self.collect_redis()
+
+    def collect_redis(self):
+        """Lê o que diz respeito ao Redis e ao coletor.
+
+        Retorna:
+            iterator: famílias de métricas.
+        """
+        yield self.gauge("redis_up", "1 se o Redis responde.", int(not hub.is_down))
+        yield self.counter("redis_cuts", "Quedas do Redis ou da conexão principal.", hub.cuts)
+        yield self.counter("redis_reconnects", "Voltas do Redis.", hub.returns)
+        yield self.gauge("redis_wake_up", "1 se o Redis avisa as mudanças (REDIS_WAKE).", int(hub.wake_works()))
+        yield self.counter("redis_wake_cuts", "Quedas da conexão dos avisos.", hub.wake_cuts)
+        yield self.histogram("collector_round_seconds", "Duração de uma ida ao Redis.", self.rounds)
+        yield self.histogram("collector_round_commands", "Comandos em uma ida ao Redis.", self.commands)
+        yield self.histogram("collector_lag_seconds", "Atraso do coletor em relação ao que venceu.", self.lag)
+
+    def gauge(self, name, text, value):
+        """Monta um valor que sobe e desce.
+
+        Argumentos:
+            name (str): nome sem o prefixo.
+            text (str): descrição.
+            value (float): valor.
+        Retorna:
+            prometheus_client.core.GaugeMetricFamily: a família.
+        """
+        return self.library.core.GaugeMetricFamily(f"ndjson_proxy_{name}", text, value=value)
+
+    def counter(self, name, text, value):
+        """Monta um valor que só sobe.
+
+        Argumentos:
+            name (str): nome sem o prefixo nem "_total".
+            text (str): descrição.
+            value (float): valor.
+        Retorna:
+            prometheus_client.core.CounterMetricFamily: a família.
+        """
+        return self.library.core.CounterMetricFamily(f"ndjson_proxy_{name}", text, value=value)
+
+    def labelled(self, name, text, labels, rows, is_counter=False):
+        """Monta um valor por combinação de rótulos.
+
+        Argumentos:
+            name (str): nome sem o prefixo.
+            text (str): descrição.
+            labels (tuple): nomes dos rótulos.
+            rows (list): pares (valores dos rótulos, valor).
+            is_counter (bool): verdadeiro se os valores só sobem.
+        Retorna:
+            prometheus_client.core.Metric: a família.
+        """
+        core = self.library.core
+        form = core.CounterMetricFamily if is_counter else core.GaugeMetricFamily
+        family = form(f"ndjson_proxy_{name}", text, labels=labels)
+        for values, value in rows:
+            family.add_metric(values, value)
+        return family
+
+    def histogram(self, name, text, source):
+        """Monta uma distribuição.
+
+        Argumentos:
+            name (str): nome sem o prefixo.
+            text (str): descrição.
+            source (histogram): os valores contados.
+        Retorna:
+            prometheus_client.core.HistogramMetricFamily: a família.
+        """
+        return self.library.core.HistogramMetricFamily(
+            f"ndjson_proxy_{name}", text, buckets=source.buckets(), sum_value=source.total
+        )
+
+
+# =============================================================================
 # Sinais e programa principal
 # =============================================================================
 
 stop_signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 hub: collector
 gate = stream_gate()
+meter = None
 
 
 class stop_switch:
@@ -4682,6 +5030,8 @@ def stop_service(unfinished):
         wait_while_falling(lambda: gate.alive)
     wait_while_falling(unfinished)
     hub.stop(shutdown_patience)
+    if meter is not None:
+        meter.stop()
     log.info("parado")
 
 
@@ -4705,23 +5055,56 @@ def keep_one_core():
         log.log(level, "ONE_CORE: o sistema não deixa escolher o núcleo: %s", reason(error))
 
 
-def listener_problem(error, given):
-    """Descreve por que o servidor não pode escutar.
+def listener_problem(error, given, server):
+    """Descreve por que um servidor não pode escutar.
 
     Argumentos:
         error (OSError): falha de open_listener.
         given (dict): texto e camada de cada configuração.
+        server (str): HTTP ou METRICS, o início do nome das configurações dele.
     Retorna:
         tuple: (status de saída, frase): 2 se o nome não existe, o que nenhuma espera
         conserta; 1 nos outros casos.
     """
-    host, port = (f"({given[name].layer})" for name in ("HTTP_HOST", "HTTP_PORT"))
+    (host, host_layer), (port, port_layer) = (
+        (globals()[name], f"({given[name].layer})") for name in (f"{server}_HOST", f"{server}_PORT")
+    )
     if isinstance(error, socket.gaierror):
         status = 1 if error.errno == socket.EAI_AGAIN else 2
-        return status, f"HTTP_HOST: o valor {HTTP_HOST!r} {host} não serve: {reason(error)}"
+        return status, f"{server}_HOST: o valor {host!r} {host_layer} não serve: {reason(error)}"
     if error.errno == errno.EADDRNOTAVAIL:
-        return 1, f"HTTP_HOST: o endereço {HTTP_HOST} {host} não pode ser aberto: {reason(error)}"
-    return 1, f"HTTP_PORT: a porta {HTTP_PORT} {port} em {HTTP_HOST} não pode ser aberta: {reason(error)}"
+        return 1, f"{server}_HOST: o endereço {host} {host_layer} não pode ser aberto: {reason(error)}"
+    return 1, f"{server}_PORT: a porta {port} {port_layer} em {host} não pode ser aberta: {reason(error)}"
+
+
+def open_listeners(given):
+    """Abre o socket da aplicação e, se METRICS_PORT pede, o das métricas.
+
+    Argumentos:
+        given (dict): texto e camada de cada configuração.
+    Retorna:
+        tuple: (status de saída se algum não abriu, ou 0; lista de sockets).
+    """
+    listeners = []
+    for server in ("HTTP", "METRICS") if METRICS_PORT else ("HTTP",):
+        try:
+            listeners.append(open_listener(globals()[f"{server}_HOST"], globals()[f"{server}_PORT"]))
+        except OSError as error:
+            status, sentence = listener_problem(error, given, server)
+            log.error("%s", sentence)
+            return status, []
+    return 0, listeners
+
+
+def url_host(host):
+    """Escreve um endereço como as URLs o pedem.
+
+    Argumentos:
+        host (str): endereço ou nome.
+    Retorna:
+        str: o IPv6 entre colchetes; o resto como veio.
+    """
+    return f"[{host}]" if ":" in host else host
 
 
 def serve(given):
@@ -4733,7 +5116,7 @@ def serve(given):
         int: 0 se parou por um sinal; 1 se o Redis ou a porta não atenderam; 2 se o
         database ou o endereço não existem.
     """
-    global hub
+    global hub, meter
     hub = collector()
     try:
         hub.open_main()
@@ -4741,12 +5124,10 @@ def serve(given):
         status, sentence = redis_problem(error, given)
         log.error("%s", sentence)
         return status
-    try:
-        listener = open_listener()
-    except OSError as error:
-        status, sentence = listener_problem(error, given)
-        log.error("%s", sentence)
+    status, listeners = open_listeners(given)
+    if status:
         return status
+    listener = listeners[0]
     for each in stop_signals:
         signal.signal(each, handle_signal)
     if ONE_CORE:
@@ -4756,10 +5137,11 @@ def serve(given):
     gc.freeze()
     gc.set_threshold(10000, 20, 1000)
     hub.start()
-    host = f"[{HTTP_HOST}]" if ":" in HTTP_HOST else HTTP_HOST
+    if METRICS_PORT:
+        meter = metrics_meter(listeners[1])
     try:
-        log.info("pronto: http://%s:%d (%s), Redis em %s", host, listener.getsockname()[1], HTTP_SERVER,
-                 REDIS_SERVER.shown)
+        log.info("pronto: http://%s:%d (%s), Redis em %s", url_host(HTTP_HOST), listener.getsockname()[1],
+                 HTTP_SERVER, REDIS_SERVER.shown)
         notify_systemd("READY=1")
         unfinished = hosts[HTTP_SERVER](listener)
     except KeyboardInterrupt:
