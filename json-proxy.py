@@ -2100,6 +2100,10 @@ class collector(threading.Thread):
                 ("CLIENT", "TRACKING", "ON", "REDIRECT", replies[0], "BCAST", *options, "NOLOOP"),
             ])
         refusal = first_error(replies)
+        if refusal and "redirect" in str(refusal):
+            # A conexão dos avisos caiu antes de ser pedida: não é uma recusa.
+            self.lose_wake(refusal)
+            return
         if refusal:
             self.wake.close()
             if not self.wake_refused:
@@ -2370,6 +2374,8 @@ class collector(threading.Thread):
             list[batch_entry]: a pergunta; vazia se os avisos se perderam.
         """
         self.probe_at = math.inf
+        if not self.wake_works():
+            return []
         if not self.unheard:
             self.probed_at = now
         self.unheard += 1

@@ -513,7 +513,8 @@ class proxy_process(background):
         return [dict(re.findall(r"(\w+)=(\S*)", line[line.index("tarefa=") :])) for line in rows]
 
     def stop(self, timeout=15.0):
-        """Encerra com SIGTERM e confere o fim limpo: código esperado (expected_status) e nenhum Traceback no log.
+        """Encerra com SIGTERM e confere o fim limpo: código esperado (expected_status), nenhum Traceback nem falha interna
+        no log.
 
         Argumentos:
             timeout: prazo em segundos.
@@ -525,7 +526,8 @@ class proxy_process(background):
             self.signal(signal.SIGTERM)
             status = self.wait(timeout)
             assert status == self.expected_status, f"o proxy saiu com {status}:\n{self.log()}"
-        assert "Traceback" not in self.log(), self.log()
+        bad = [line for line in self.log().splitlines() if "Traceback" in line or "falha interna" in line]
+        assert not bad, f"{bad}; log:\n{self.log()}"
 
 
 class finished:

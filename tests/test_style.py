@@ -339,6 +339,20 @@ def test_no_undefined_name():
     assert inside - local - {"__module__", "__qualname__", "__firstlineno__", "__name__", "__classdict__"} == set()
 
 
+def test_no_global_name_is_made_twice():
+    """Nenhum nome do módulo é criado duas vezes: o segundo tomaria, em silêncio, o lugar do primeiro."""
+    made = [(node.lineno, node.name) for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            made += [(item.lineno, item.id) for each in targets for item in ast.walk(each) if isinstance(item, ast.Name)]
+    seen, problems = {}, []
+    for line, name in made:
+        if seen.setdefault(name, line) != line:
+            problems.append(f"linha {line}: {name}, que já existe na linha {seen[name]}")
+    assert not problems, describe(problems)
+
+
 def test_functions_are_short():
     """Nenhuma função passa de 70 linhas."""
     sizes = {node.name: node.end_lineno - node.lineno + 1 for node in functions}

@@ -91,3 +91,41 @@ def test_requests_that_arrive_late(
     text = redis_faults.deliver_all(proxy, pairs, 2 * times, 30)
     redis_faults.tell(f"{relay.arrived} pedidos atrasados; {text}")
     support.wait_empty(server.client(), 5)
+
+
+def test_wake_connection_lost_as_it_is_asked_for(
+    start_redis, start_fault_relay, start_proxy, host, connect, start_worker
+):
+    """A conexão dos avisos cai entre a chegada dela e o pedido dos avisos: não é recusa do Redis, e o proxy tenta de novo."""
+    server = start_redis()
+    relay = start_fault_relay(server.port)
+    proxy = start_proxy("-i", 60000, "-t", 90000, redis=server, env={"REDIS_SERVER": relay.address})
+    worker = start_worker(server.client())
+    for times in (1, 2, 3):
+        relay.ambush(b"REDIRECT", "py-ndjson-proxy-wake")
+        for row in server.clients_named("py-ndjson-proxy-wake"):
+            worker.client.execute_command("CLIENT", "KILL", "ID", row["id"])
+        harness.eventually(lambda times=times: relay.cuts == times, 10, "emboscada")
+        proxy.wait_log(rf"(?s)(REDIS_WAKE: avisos do Redis restabelecidos.*){{{times}}}", 10)
+        response, task = support.open_stream(connect, proxy, worker)
+        task.push("na hora")
+        assert response.line(3) == b"na hora"
+        task.finish()
+        assert response.lines(3) == []
+    assert "recusou os avisos" not in proxy.log(), proxy.log()
+
+
+def test_wake_connection_that_does_not_come_back(start_redis, start_proxy, host, connect, start_worker):
+    """Os avisos caem e não voltam por muitos INTERVAL, com linhas a caminho: nenhum stream é esquecido."""
+    server = start_redis()
+    proxy = start_proxy("-i", 40, "-P", 0, "-t", 20000, redis=server, env=support.limited_user(server))
+    worker = start_worker(server.client())
+    pairs = redis_faults.open_many(connect, proxy, worker, 20)
+    worker.client.execute_command("ACL", "SETUSER", "limitado", "-subscribe")
+    for row in server.clients_named("py-ndjson-proxy-wake"):
+        worker.client.execute_command("CLIENT", "KILL", "ID", row["id"])
+    hold = redis_faults.pace(0.01)
+    source = redis_faults.feeder(lambda: support.plain_client(server), [task for _, task in pairs], 200, hold)
+    with redis_faults.closing_thread(source):
+        redis_faults.tell(redis_faults.deliver_all(proxy, pairs, 200, 30))
+        harness.eventually(lambda: source.done, 10, "worker encerrado")
