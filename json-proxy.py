@@ -2588,10 +2588,13 @@ class collector(threading.Thread):
         if isinstance(replies, Exception):
             # Se o Redis demorar a voltar, a validade das chaves faz o serviço.
             self.removals = (streams + self.removals)[:10000]
-        elif first_error(replies):
-            self.complain(f"o Redis não apagou as chaves das tarefas: {first_error(replies)}")
+        elif first_error(replies[:1]):
+            self.complain(f"o Redis não apagou as chaves das tarefas: {replies[0]}")
             self.refused = (streams + self.refused)[:10000]
             self.refused_at = time.monotonic() + removal_retry
+        else:
+            # Repetir não ajudaria: a procura na fila tira depois o que ficou.
+            self.on_cleaning(None, replies)
 
     def on_take(self, stream, replies):
         """Entrega ao stream as linhas tiradas, ou o deixa à espera.
@@ -4608,9 +4611,10 @@ class metrics_server(http.server.ThreadingHTTPServer):
         """
         try:
             return super().get_request()
-        except OSError:
-            # Faltando descritores a conexão continua na fila, e o laço giraria à toa.
-            time.sleep(0.1)
+        except OSError as error:
+            if alarm.ring(error):
+                # Sem a pausa o laço giraria à toa: a conexão continua na fila.
+                time.sleep(0.1)
             raise
 
     def handle_error(self, request, client_address):
@@ -4751,7 +4755,7 @@ class metrics_meter:
         yield duration
         yield self.labelled("info", "Versão e servidor HTTP.", ("version", "server"), [((version, HTTP_SERVER), 1)])
         yield self.gauge("streams", "Streams vivos.", gate.alive)
-        yield self.gauge("streams_limit", "MAX_STREAMS.", MAX_STREAMS)
+        yield self.gauge("streams_limit", "MAX_STREAMS, ou menos se faltam descritores.", gate.limit)
         yield self.gauge("threads", "Threads do processo.", threading.active_count())
         yield self.labelled("tasks", "Tarefas terminadas, por motivo do fim.", ("reason",), ends, is_counter=True)
         yield self.labelled("requests_refused", "Requisições recusadas antes do streaming.", ("status", "reason"),

@@ -143,6 +143,9 @@ def test_queue_of_another_type(host, start_redis, start_proxy, fetch, connect):
     assert (response.status, response.json()["error"]) == (500, "redis_error")
     assert "WRONGTYPE" in response.json()["message"]
     harness.eventually(lambda: db.keys("*") == [queue.encode()], 5, "chaves da tarefa recusada apagadas")
+    # As chaves saíram; só a fila não pôde ser limpa, e isso não se repete sem fim.
+    proxy.wait_log(r"aviso: REDIS_QUEUE: as tarefas mortas não saem da fila: WRONGTYPE")
+    assert "não apagou" not in proxy.log()
     db.delete(queue)
     conn = connect(proxy).request("POST", "/")
     taken(db).finish("ok")
@@ -226,5 +229,6 @@ def test_example_workers(form, host, start_proxy, connect, run_workers, db):
             b'{"type": "end"}',
         ]
     empty(db, "todas respondidas")
-    # E uma que chega com os workers já à espera.
+    # E uma que chega com os workers já à espera; antes disso, um deles nem saberia como parar.
+    harness.eventually(lambda: db.info("clients")["blocked_clients"] == 3, 20, "três workers à espera")
     assert len(connect(proxy).request("POST", "/", body=b"a").response().lines()) == 3
