@@ -268,15 +268,27 @@ class fleet:
         for item in self.requests.values():
             item.sock.close()
         self.selector.close()
-        for part in reversed(self.parts):
-            if getattr(part, "child", None) is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    # Um proxy congelado não ouviria o pedido de sair.
-                    os.kill(part.child.pid, signal.SIGCONT)
+        # Haja o que houver com uma parte, as outras também são encerradas, e a pasta apagada.
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            if hasattr(self, "link"):
+                stack.callback(self.link.close)
+            for part in self.parts:
+                stack.callback(self.end, part)
+
+    def end(self, part):
+        """Encerra uma parte.
+
+        Argumentos:
+            part: processo ou ajudante.
+        """
+        if getattr(part, "child", None) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                # Um proxy congelado não ouviria o pedido de sair.
+                os.kill(part.child.pid, signal.SIGCONT)
+        # O cano de um ajudante que já saiu está quebrado.
+        with contextlib.suppress(BrokenPipeError):
             part.stop()
-        if hasattr(self, "link"):
-            self.link.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- o cliente ------------------------------------------------------------
 
@@ -734,7 +746,7 @@ def main(argv):
     servers.raise_limit()
     try:
         told = prove(given.tasks, given.host, given.nginx)
-    except (rig.broken, servers.failure) as error:
+    except (rig.broken, servers.failure, OSError, redis.RedisError) as error:
         print(f"tests/bench/fleet: {error}", file=sys.stderr)
         return 1
     if given.json:
