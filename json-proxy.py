@@ -3511,6 +3511,23 @@ def handle_exception(error):
 origin_line = re.compile(rb"^origin:[ \t]*([!-~]+)[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
 
 
+cookie_line = re.compile(rb"(?im)^cookie:([^\r\n]*)")
+
+
+def joined_cookies(head):
+    """Junta os cabeçalhos Cookie de uma requisição.
+
+    Os dois servidores os juntariam com vírgula, que pode estar dentro de um valor:
+    depois disso não se sabe mais onde um acaba (RFC 9113, 8.2.3).
+
+    Argumentos:
+        head (bytes): linha de requisição e cabeçalhos.
+    Retorna:
+        str: valores em latin-1, com ponto e vírgula entre eles; vazio se não há.
+    """
+    return "; ".join(value.strip(b" \t").decode("latin-1") for value in cookie_line.findall(head))
+
+
 def host_error(status, head):
     """Monta o erro de uma requisição que nem chega à aplicação.
 
@@ -3796,6 +3813,8 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
             # Quem fala HTTP/1.0 não conhece chunks.
             self.protocol_version = "HTTP/1.0"
         environ = super().make_environ()
+        if "HTTP_COOKIE" in environ:
+            environ["HTTP_COOKIE"] = joined_cookies(self.head)
         environ["ndjson.target"] = self.requestline.split()[1]
         environ["ndjson.handler"] = self
         self.is_unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
@@ -4170,6 +4189,8 @@ class waitress_parser(waitress.parser.HTTPRequestParser):
         words = line.split(b" ")
         if len(words) > 1:
             self.request_uri = words[1].decode("latin-1")
+        if "COOKIE" in self.headers:
+            self.headers["COOKIE"] = joined_cookies(self.head)
 
     def received(self, data):
         """Recebe um trecho da requisição.

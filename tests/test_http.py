@@ -170,7 +170,7 @@ def test_task_json(shared_proxy, connect, worker, db):
 def test_request_headers(serve):
     """Os cabeçalhos do cliente chegam ao worker: em UTF-8, repetidos, vazios, com qualquer nome."""
     sent = [("X-Acentos", "ação 😀"), ("X-Dois", "a"), ("X-Dois", "b"), ("X-Vazio", ""), ("x-minusculo", "c")]
-    sent += [("Cookie", "a=1; b=2"), ("X-Longo", "v" * 6000)]
+    sent += [("Cookie", "a=1; b=2"), ("X-Longo", "v" * 6000), ("cookie", 'c="x,d=3"'), ("COOKIE", " e=4 ")]
     # O WSGI não distinguiria este do outro, que o proxy reverso da frente talvez tenha conferido: não chega ao worker.
     sent += [("X-Conta", "certa"), ("X_Conta", "forjada"), ("X_Sublinhado", "a")]
     _, task = serve("GET", "/", sent)
@@ -179,7 +179,7 @@ def test_request_headers(serve):
     assert re.split(r",\s*", headers["x-dois"]) == ["a", "b"]
     assert headers["x-vazio"] == ""
     assert headers["x-minusculo"] == "c"
-    assert headers["cookie"] == "a=1; b=2"
+    assert headers["cookie"] == 'a=1; b=2; c="x,d=3"; e=4'
     assert headers["x-longo"] == "v" * 6000
     assert headers["x-conta"] == "certa"
     assert not [name for name in headers if "_" in name or "sublinhado" in name]
