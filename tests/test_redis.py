@@ -635,29 +635,6 @@ def test_server_that_cannot_write(start_redis, start_proxy, host, connect, fetch
     assert response.lines() == [b"depois"]
 
 
-@pytest.mark.parametrize("prefix", ["ndjson_list_", "l*[a]?\\", "ç"])
-def test_orphan_lists_get_an_expiry(start_redis, start_proxy, host, connect, start_worker, prefix):
-    """300 listas sem tarefa ganham validade em menos de um minuto; as que têm tarefa, dona de outro proxy, e as de outro
-    prefixo ficam como estão."""
-    server = start_redis()
-    client, worker = server.client(), start_worker(server.client())
-    for number in range(300):
-        client.rpush(f"{prefix}{number}", "x")
-    client.rpush("lxax1", "de outro")
-    client.rpush(f"{prefix}viva", "x")
-    client.set("ndjson_task_viva", "{}")
-    proxy = start_proxy("-L", prefix, "--ttl", 60, redis=server)
-    response, task = support.open_stream(connect, proxy, worker)
-    harness.eventually(lambda: min(client.ttl(f"{prefix}{number}") for number in range(300)) > 0, 60, "validade de 300 listas")
-    assert client.ttl("lxax1") == client.ttl(f"{prefix}viva") == -1
-    task.finish("fim")
-    assert response.lines() == [b"fim"]
-    task.gone()
-    client.rpush(task.list, "tarde demais")
-    harness.eventually(lambda: client.ttl(task.list) > 0, 60, "validade da lista de um worker atrasado")
-    client.flushdb()
-
-
 def test_ended_streams_leave_no_renewal(start_redis, start_proxy, host, connect, fetch, start_worker):
     """600 tarefas que acabam na hora: a memória do proxy não cresce com elas (antes, 2 kB por tarefa, por REDIS_TTL/3)."""
     server = start_redis()
