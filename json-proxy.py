@@ -1726,7 +1726,7 @@ class collector(threading.Thread):
         self.take_head = b""
         self.main_fd = self.wake_fd = -1
         self.wake_error = None
-        self.is_down = self.wake_lost = self.wake_refused = self.scripts_refused = False
+        self.is_down = self.wake_lost = self.wake_told = self.wake_refused = self.scripts_refused = False
         self.failures = self.cuts = self.returns = self.wake_cuts = 0
         self.retry_at = self.wake_retry_at = self.census_at = self.gone_at = 0.0
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
@@ -1987,7 +1987,7 @@ class collector(threading.Thread):
                 log.warning(
                     "REDIS_WAKE: a conexão dos avisos caiu (%s); fica só a consulta periódica", self.wake_error
                 )
-                self.wake_error = None
+                self.wake_error, self.wake_told = None, True
             try:
                 self.open_wake()
             except (redis.RedisError, OSError) as error:
@@ -2114,9 +2114,9 @@ class collector(threading.Thread):
         self.wake_id, self.unheard = replies[0], 0
         self.wake_fd = self.wake.fileno()
         self.poller.register(self.wake_fd, select.EPOLLIN | select.EPOLLRDHUP)
-        if self.wake_lost or self.wake_refused:
+        if self.wake_told or self.wake_refused:
             log.info("REDIS_WAKE: avisos do Redis restabelecidos")
-        self.wake_lost = self.wake_refused = False
+        self.wake_lost = self.wake_told = self.wake_refused = False
         self.census_at = 0.0
 
     def wake_works(self):

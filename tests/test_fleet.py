@@ -44,7 +44,7 @@ def test_fleet(tmp_path, host):
     assert told["whole"] + told["broken"] == 300
     assert told["unheard"] < told["broken"] < told["proxies"][0]
     assert told["after"] > 0
-    assert told["caught"]["tasks"] > 0
+    assert told["caught"]["sent"] > 0
     assert [told[name] for name in ("short", "lost", "doubled", "foreign", "resent")] == [0, 0, 0, 0, []]
 
 

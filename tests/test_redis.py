@@ -580,7 +580,7 @@ def test_redis_full_in_mid_stream(start_redis, start_proxy, host, fetch, connect
     worker.idle()
 
 
-def test_stalled_wake_connection(start_redis, start_proxy, host, connect, start_worker, start_relay):
+def test_stalled_wake_connection(start_redis, start_relay, start_proxy, host, connect, start_worker):
     """A conexão dos avisos emudece sem cair: as linhas vêm dentro de INTERVAL, e em segundos ela é dada por perdida."""
     server = start_redis()
     relay = start_relay(server.port)
@@ -594,6 +594,7 @@ def test_stalled_wake_connection(start_redis, start_proxy, host, connect, start_
     assert "fora do ar" not in proxy.log()
     task.finish()
     assert response.lines() == []
+    task.gone()
 
 
 def test_wake_proof_denied(start_redis, start_proxy, host, connect, start_worker):

@@ -684,7 +684,7 @@ def failures(told):
         (told["broken"] <= told["unheard"], "nenhum streaming começado se quebrou: a morte não foi no meio"),
         (not told["left"], "o proxy morto não deixou chaves"),
         (not back["passed_on"], "passado o fail_timeout, o nginx não tentou o proxy morto"),
-        (not caught["tasks"], "na segunda morte, nenhuma requisição tinha feito a tarefa"),
+        (not caught["sent"], "na segunda morte, nenhuma requisição esperava por resposta"),
         (not all(told["proxies"]) or not all(told["workers"]), "algum proxy ou worker ficou sem tarefas"),
     ]
     return [text for wrong, text in rules if wrong]
