@@ -4251,6 +4251,7 @@ class waitress_channel(waitress.channel.HTTPChannel):
         self.poller = server.asyncore
         self.moved_at = time.monotonic()
         self.began_at = self.moved_at
+        self.is_refused, self.discard_at = False, None
         super().__init__(server, *args, **options)
 
     def add_channel(self, map=None):
@@ -4265,6 +4266,7 @@ class waitress_channel(waitress.channel.HTTPChannel):
     def service(self):
         """Atende uma requisição, na thread do cliente."""
         descriptor = self._fileno
+        self.is_refused = self.requests[0].error is not None
         super().service()
         self.poller.touched.append(descriptor)
         self.server.pull_trigger()
@@ -4309,6 +4311,8 @@ class waitress_channel(waitress.channel.HTTPChannel):
             bool: falso se foram ignorados.
         """
         self.moved_at = time.monotonic()
+        if self.discard_at is not None:
+            return False
         if self.request is None and not self.requests:
             self.began_at = self.began_at or self.moved_at
         accepted = super().received(data)
@@ -4323,13 +4327,29 @@ class waitress_channel(waitress.channel.HTTPChannel):
             now (float): instante do relógio monotônico, em segundos.
         """
         silence = now - self.moved_at
-        if self.began_at is not None and now - self.began_at > REQUEST_TIMEOUT / 1000 and not self.requests:
+        if self.discard_at is not None:
+            if now >= self.discard_at:
+                self.handle_close()
+        elif self.began_at is not None and now - self.began_at > REQUEST_TIMEOUT / 1000 and not self.requests:
             self.began_at = None
             self.refuse()
         elif silence > client_timeout and (self.total_outbufs_len or not self.requests):
             # Quem não lê nunca deixa o socket pronto para escrita: o waitress, que só
             # fecha quem está pronto, esperaria para sempre.
             self.handle_close()
+
+    def handle_close(self):
+        """Fecha a conexão; a recusada, só depois de descartar o que o cliente envia.
+
+        Fechar com bytes por ler apagaria a resposta a caminho (RST).
+        """
+        if self.is_refused and self.discard_at is None and self.connected:
+            self.discard_at = time.monotonic() + discard_patience
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+                self.will_close = self.close_when_flushed = False
+                return
+        super().handle_close()
 
     def refuse(self):
         """Responde que a requisição não chegou a tempo."""
