@@ -73,6 +73,7 @@ def leaks(threads, sockets):
         Dicionário do que sobrou, vazio se nada.
     """
     known = {process.pid for process in (resident.redis, *resident.proxies) if process is not None}
+    known |= harness.resident_pids
     found = {
         "processos": {pid: name for pid, name in harness.marked_processes().items() if pid not in known},
         "linhas de execução": [item.name for item in threading.enumerate() if item not in threads],

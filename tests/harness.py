@@ -38,6 +38,10 @@ program = pathlib.Path(os.environ.get("JSON_PROXY") or root / "json-proxy.py").r
 mark_name = "NDJSON_TEST_MARK"
 mark = uuid.uuid4().hex
 
+# Filhos deste processo que vivem mais que uma prova, além do Redis e dos proxies do conftest.py: a verificação de
+# vazamentos não os conta.
+resident_pids = set()
+
 # Valores padrão do contrato, usados pelos dois lados das provas.
 default_channel = "ndjson_jobs"
 default_prefix = "ndjson_task_"

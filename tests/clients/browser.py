@@ -26,13 +26,14 @@ def chromium():
 
 @contextlib.contextmanager
 def open_browser():
-    """Abre um Chromium sem tela e o fecha no fim.
+    """Abre um Chromium sem tela e o fecha no fim. Ele não leva a marca das provas: pode viver mais que uma.
 
     Retorno:
         Gera um playwright.sync_api.Browser.
     """
     with playwright.sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=chromium(), env=harness.base_environment())
+        env = {name: value for name, value in harness.base_environment().items() if name != harness.mark_name}
+        browser = driver.chromium.launch(executable_path=chromium(), env=env)
         try:
             yield browser
         finally:

@@ -47,15 +47,32 @@ def start_balancer(start_proxy, tmp_path):
             stack.callback(made.stop)
 
 
-@pytest.fixture
-def chromium(start_proxy):
-    """Um Chromium só desta prova, fechado antes dos proxies.
+@pytest.fixture(scope="session")
+def resident_chromium():
+    """Um Chromium para a sessão: abri-lo custa mais que a maioria das provas.
 
     Retorno:
         Um playwright.sync_api.Browser.
     """
+    before = set(harness.marked_processes())
     with browser.open_browser() as program:
+        harness.resident_pids.update(set(harness.marked_processes()) - before)
         yield program
+
+
+@pytest.fixture
+def chromium(resident_chromium, start_proxy):
+    """O Chromium da sessão, sem nenhuma página: as abertas pela prova são fechadas antes dos proxies.
+
+    Cada página tem o seu contexto, com memória, conexões e cookies próprios.
+
+    Retorno:
+        Um playwright.sync_api.Browser.
+    """
+    assert resident_chromium.contexts == []
+    yield resident_chromium
+    for context in resident_chromium.contexts:
+        context.close()
 
 
 @pytest.fixture
