@@ -68,7 +68,7 @@ def test_lists_of_words():
 def test_settings_file_has_its_own_group():
     """O arquivo de configurações não é assunto do log: na ajuda, tem o seu próprio título."""
     text = harness.run_proxy("--help").out
-    assert re.search(r"(?m)^Arquivo:\n  -f ", text), text
+    assert re.search(r"(?m)^Arquivo:\n  -f\b", text), text
     words = text.partition("\nLog:\n")[2].partition("\n\n")[0]
     assert "--log-level" in words and "--env-file" not in words, text
 

@@ -32,7 +32,20 @@ class authority:
         """
         self.folder = folder
         folder.mkdir()
-        self.run("req", "-x509", *self.key("ca"), "-days", "2", "-subj", "/CN=autoridade", "-out", self.path("ca.crt"))
+        self.run(
+            "req",
+            "-x509",
+            *self.key("ca"),
+            "-days",
+            "2",
+            "-subj",
+            "/CN=autoridade",
+            "-out",
+            self.path("ca.crt"),
+            # O Python 3.13 em diante exige o que a RFC 5280 pede.
+            "-addext",
+            "keyUsage=critical,keyCertSign,cRLSign",
+        )
 
     def path(self, name):
         """Nomeia um arquivo. Argumentos: name, o nome. Retorno: o caminho (str)."""
@@ -57,7 +70,8 @@ class authority:
         """
         request, extra = self.path(f"{name}.csr"), self.path(f"{name}.ext")
         with open(extra, "w", encoding="utf-8") as file:
-            file.write(f"subjectAltName={subject}\n")
+            file.write(f"subjectAltName={subject}\nbasicConstraints=CA:FALSE\nkeyUsage=digitalSignature\n")
+            file.write("subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n")
         self.run("req", *self.key(name), "-subj", f"/CN={name}", "-out", request)
         signer = ("-CA", self.path("ca.crt"), "-CAkey", self.path("ca.key"), "-CAcreateserial", "-days", "2")
         self.run("x509", "-req", "-in", request, *signer, "-extfile", extra, "-out", self.path(f"{name}.crt"))
