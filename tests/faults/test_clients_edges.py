@@ -79,6 +79,8 @@ edges = [
     ("versão-longa", get(version=b"HTTP/1.1.1"), 400),
     ("tabulação-na-linha", get(target=b"/\tx"), 400),
     ("dois-espaços", b"GET  / HTTP/1.1\r\nHost: proxy.test\r\n\r\n", 400),
+    ("espaço-no-início", b" " + get(), 400),
+    ("crlf-no-início", b"\r\n" + get(), 200),
     ("sem-host", get(host=b""), 400),
     ("sem-host-1.0", get(host=b"", version=b"HTTP/1.0"), 200),
     ("host-vazio", get(host=b"Host:"), 200),
