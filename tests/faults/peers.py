@@ -402,7 +402,7 @@ def warm(proxy, count=4):
     Retorno:
         Par (linhas de execução, descritores) em repouso.
     """
-    start = proxy.threads(), descriptors(proxy.pid)
+    threads = proxy.threads()
     opened = [harness.connection(proxy.port) for _ in range(count)]
     for conn in opened:
         conn.request("GET", "/ping")
@@ -410,11 +410,19 @@ def warm(proxy, count=4):
         assert conn.response().body() == b"pong"
     if proxy.server == "waitress":
         # Ele cria as suas linhas de execução depois de dizer que está pronto; o flask, só as de cada cliente.
-        start = proxy.threads(), descriptors(proxy.pid) - count
+        threads = proxy.threads()
     for conn in opened:
         conn.close()
-    settle(proxy, start)
-    return start
+    # A conexão dos avisos com o Redis também se abre depois: o repouso é o que para de mudar.
+    seen = []
+
+    def still():
+        """Diz se as linhas de execução voltaram e os descritores não mudam há dez medidas."""
+        seen.append(descriptors(proxy.pid))
+        return proxy.threads() <= threads and len(seen) > 10 and len(set(seen[-10:])) == 1
+
+    harness.eventually(still, 15, "proxy em repouso")
+    return threads, seen[-1]
 
 
 def settle(proxy, rest, seconds=15.0):
