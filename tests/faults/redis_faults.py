@@ -88,7 +88,7 @@ class link:
         self.near, self.far = near, far
         self.plan = None
         self.name = "sem nome"
-        self.closed = False
+        self.closed = self.paused = False
 
     def target(self, is_request):
         """Diz para onde vai um trecho. Argumentos: is_request, o sentido. Retorno: o soquete."""
@@ -201,7 +201,8 @@ class fault_relay(threading.Thread):
                         self.arrive_late(*self.held.popleft())
                 elif key.fileobj is self.listener:
                     self.accept()
-                elif not key.data[0].closed:
+                elif not key.data[0].paused:
+                    # Pode ter parado, ou caído, por causa de outro soquete desta mesma volta.
                     self.forward(*key.data)
             while self.timers and self.timers[0][0] <= time.monotonic():
                 _, _, action, arguments = heapq.heappop(self.timers)
@@ -245,11 +246,13 @@ class fault_relay(threading.Thread):
 
     def listen(self, each):
         """Passa a ler uma conexão. Argumentos: each, a link."""
+        each.paused = False
         self.selector.register(each.near, selectors.EVENT_READ, (each, True))
         self.selector.register(each.far, selectors.EVENT_READ, (each, False))
 
     def ignore(self, each):
         """Deixa de ler uma conexão. Argumentos: each, a link."""
+        each.paused = True
         for sock in (each.near, each.far):
             with contextlib.suppress(KeyError):
                 self.selector.unregister(sock)
@@ -280,7 +283,7 @@ class fault_relay(threading.Thread):
             plan: a falha sorteada quando isto foi agendado.
         """
         # A retida só importa se houver um pedido inteiro a reter: essa espera pelos bytes.
-        if each.plan is plan and not each.closed and plan.kind != "late":
+        if each.plan is plan and not each.paused and plan.kind != "late":
             self.strike(each, b"")
 
     def forward(self, each, is_request):
