@@ -4191,6 +4191,8 @@ class waitress_parser(waitress.parser.HTTPRequestParser):
             self.request_uri = words[1].decode("latin-1")
         if "COOKIE" in self.headers:
             self.headers["COOKIE"] = joined_cookies(self.head)
+        # Depois do "100 Continue" o waitress esperaria por um corpo que não vem.
+        self.expect_continue = self.expect_continue and self.body_rcv is not None
 
     def received(self, data):
         """Recebe um trecho da requisição.

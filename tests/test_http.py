@@ -484,6 +484,20 @@ def test_expect_continue_without_waiting(shared_proxy, connect, worker):
     assert response.interim in ([], [100])
 
 
+@pytest.mark.parametrize("length", [{}, {"Content-Length": "0"}], ids=["sem", "zero"])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_expect_continue_without_a_body(method, length, shared_proxy, connect, worker):
+    """Um pedido sem corpo que pergunta se pode enviá-lo é atendido como os outros, e não espera por nada."""
+    conn = connect(shared_proxy).request(method, "/e", {"Expect": "100-continue", **length})
+    if method == "OPTIONS":
+        assert conn.response().status == 204
+        return
+    task = worker.next()
+    assert task.info["body"] == ""
+    task.finish("ok")
+    assert common(conn.response()).lines() == [b"ok"]
+
+
 def test_expect_continue_too_large(start_proxy, host, connect, worker):
     """Quem pergunta antes de enviar um corpo grande demais recebe 413 sem enviá-lo."""
     proxy = start_proxy("--max-body", "1000")
