@@ -12,11 +12,9 @@ import os
 import pathlib
 import re
 import selectors
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 
 import driver
@@ -204,8 +202,8 @@ class request:
         return told
 
 
-class fleet:
-    """Redis, proxies, workers e nginx. Usada com `with`: ao fim, nada fica."""
+class fleet(rig.assembly):
+    """Redis, proxies, workers e nginx."""
 
     def __init__(self, server, config):
         """Inicia tudo.
@@ -214,11 +212,10 @@ class fleet:
             server: HTTP_SERVER dos proxies.
             config: configuração do nginx (pathlib.Path).
         """
-        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleet-"))
+        super().__init__("fleet-")
         self.selector = selectors.DefaultSelector()
         self.requests = {}
         self.active = 0
-        self.parts = []
         try:
             self.redis = self.keep(servers.redis_server(self.folder)).start()
             self.link = redis.Redis(host=servers.host, port=self.redis.port, db=0, socket_timeout=30)
@@ -235,46 +232,14 @@ class fleet:
             self.stop()
             raise
 
-    def keep(self, part):
-        """Guarda uma parte para encerrar no fim.
-
-        Argumentos:
-            part: processo ou ajudante.
-
-        Retorna:
-            object: a própria parte.
-        """
-        self.parts.append(part)
-        return part
-
-    def __enter__(self):
-        """Começa.
-
-        Retorna:
-            fleet: a própria frota.
-        """
-        return self
-
-    def __exit__(self, *details):
-        """Encerra tudo.
-
-        Argumentos:
-            details: exceção, se houve.
-        """
-        self.stop()
-
     def stop(self):
-        """Encerra as partes, da última à primeira, e apaga a pasta."""
+        """Encerra as partes e apaga a pasta."""
         for item in self.requests.values():
             item.sock.close()
         self.selector.close()
-        # Haja o que houver com uma parte, as outras também são encerradas, e a pasta apagada.
-        with contextlib.ExitStack() as stack:
-            stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            if hasattr(self, "link"):
-                stack.callback(self.link.close)
-            for part in self.parts:
-                stack.callback(self.end, part)
+        if hasattr(self, "link"):
+            self.link.close()
+        super().stop()
 
     def end(self, part):
         """Encerra uma parte.

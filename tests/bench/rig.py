@@ -1,5 +1,6 @@
 """Bancada de uma medição: Redis, servidor, trabalhador e motorista, todos novos, e o que se lê deles."""
 
+import contextlib
 import json
 import pathlib
 import select
@@ -131,8 +132,64 @@ def milliseconds(values, prefix):
     }
 
 
-class rig:
-    """Uma medição, do Redis ao motorista. Usada com `with`: ao fim, nada fica."""
+class assembly:
+    """Partes que se iniciam juntas e se encerram da última à primeira. Usada com `with`: ao fim, nada fica."""
+
+    def __init__(self, prefix):
+        """Cria a pasta das partes.
+
+        Argumentos:
+            prefix: começo do nome dela.
+        """
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix=prefix))
+        self.parts = []
+
+    def keep(self, part):
+        """Guarda uma parte para encerrar no fim.
+
+        Argumentos:
+            part: processo, servidor ou ajudante.
+
+        Retorna:
+            object: a própria parte.
+        """
+        self.parts.append(part)
+        return part
+
+    def __enter__(self):
+        """Começa.
+
+        Retorna:
+            assembly: ela mesma.
+        """
+        return self
+
+    def __exit__(self, *details):
+        """Encerra tudo.
+
+        Argumentos:
+            details: exceção, se houve.
+        """
+        self.stop()
+
+    def stop(self):
+        """Encerra as partes e apaga a pasta, haja o que houver com uma delas."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            for part in self.parts:
+                stack.callback(self.end, part)
+
+    def end(self, part):
+        """Encerra uma parte.
+
+        Argumentos:
+            part: processo, servidor ou ajudante.
+        """
+        part.stop()
+
+
+class rig(assembly):
+    """Uma medição, do Redis ao motorista."""
 
     def __init__(self, make, seed, pause=None, proxies=1):
         """Inicia tudo e faz uma volta de aquecimento.
@@ -143,9 +200,8 @@ class rig:
             pause: PAUSE em ms, ou None para o padrão.
             proxies: quantos servidores sobre o mesmo Redis.
         """
+        super().__init__("bench-")
         self.seed = seed
-        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="bench-"))
-        self.parts = []
         try:
             self.redis = self.keep(servers.redis_server(self.folder))
             self.redis.start()
@@ -164,40 +220,6 @@ class rig:
         except BaseException:
             self.stop()
             raise
-
-    def keep(self, part):
-        """Guarda uma parte para encerrar no fim.
-
-        Argumentos:
-            part: servidor ou ajudante.
-
-        Retorna:
-            object: a própria parte.
-        """
-        self.parts.append(part)
-        return part
-
-    def __enter__(self):
-        """Começa.
-
-        Retorna:
-            rig: a própria bancada.
-        """
-        return self
-
-    def __exit__(self, *details):
-        """Encerra tudo.
-
-        Argumentos:
-            details: exceção, se houve.
-        """
-        self.stop()
-
-    def stop(self):
-        """Encerra as partes, da última à primeira, e apaga a pasta."""
-        for part in reversed(self.parts):
-            part.stop()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def warm_up(self, port):
         """Passa por todo o caminho uma vez, para que nada do que se mede seja a primeira vez.

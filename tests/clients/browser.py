@@ -11,6 +11,8 @@ import harness
 
 # Debian e Ubuntu o chamam assim; nos outros sistemas há mais nomes.
 names = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
+# Prazo, em milissegundos, do que se espera de uma página.
+patience = 15000
 
 
 def chromium():
@@ -83,3 +85,16 @@ class file_site(harness.background):
     def stop(self):
         """Encerra o servidor."""
         self.kill()
+
+
+def expect(place):
+    """Atalho para as esperas do playwright, com o prazo daqui.
+
+    Argumentos:
+        place: a página ou o Locator.
+
+    Retorno:
+        O objeto de asserções.
+    """
+    playwright.sync_api.expect.set_options(timeout=patience)
+    return playwright.sync_api.expect(place)

@@ -6,13 +6,10 @@ import email.policy
 import json
 import shutil
 
-import playwright.sync_api
 import pytest
 
+import browser
 import harness
-
-# Quanto se espera, em ms, que algo apareça na página; folgado, para uma máquina ocupada.
-patience = 15000
 
 # MAXTIME_ERROR na forma que o widget mostra; a padrão ele ignora.
 timeout_line = json.dumps(
@@ -29,19 +26,6 @@ page_text = """<!DOCTYPE html>
   createChat({ webhookUrl: "http://127.0.0.1:PORT/webhook/chat", mode: "fullscreen", initialMessages: [], ...OPTIONS });
 </script>
 """
-
-
-def expect(place):
-    """Atalho para as esperas do playwright, com o prazo daqui.
-
-    Argumentos:
-        place: a página ou o Locator.
-
-    Retorno:
-        O objeto de asserções.
-    """
-    playwright.sync_api.expect.set_options(timeout=patience)
-    return playwright.sync_api.expect(place)
 
 
 @pytest.fixture
@@ -62,7 +46,7 @@ def open_widget(chromium, serve_files, node_folder, tmp_path):
         text = page_text.replace("PORT", str(port)).replace("OPTIONS", json.dumps(given))
         (folder / "index.html").write_text(text, encoding="utf-8")
         page = chromium.new_page()
-        page.set_default_timeout(patience)
+        page.set_default_timeout(browser.patience)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(site.origin)
         return page
@@ -124,16 +108,16 @@ def test_text_appears_progressively(host, start_proxy, open_widget, worker):
     for word in ("Um", " dois", " três", " **quatro**", " cinco"):
         task.push(chunk("item", word))
         text += word.replace("*", "")
-        expect(bot(page)).to_have_text(text)
-        expect(page.locator(".chat-message-typing")).to_be_visible()
+        browser.expect(bot(page)).to_have_text(text)
+        browser.expect(page.locator(".chat-message-typing")).to_be_visible()
     task.finish(chunk("end"))
-    expect(page.locator(".chat-message-typing")).to_be_hidden()
-    expect(bot(page)).to_have_text("Um dois três quatro cinco")
+    browser.expect(page.locator(".chat-message-typing")).to_be_hidden()
+    browser.expect(bot(page)).to_have_text("Um dois três quatro cinco")
     say(page, "De novo")
     task = worker.next()
     assert json.loads(task.info["body"])["sessionId"] == sent["sessionId"]
     task.finish(chunk("begin"), chunk("item", "Outra"), chunk("end"))
-    expect(bot(page)).to_have_text(["Um dois três quatro cinco", "Outra"])
+    browser.expect(bot(page)).to_have_text(["Um dois três quatro cinco", "Outra"])
 
 
 def test_two_nodes_are_two_messages(start_proxy, open_widget, worker):
@@ -152,7 +136,7 @@ def test_two_nodes_are_two_messages(start_proxy, open_widget, worker):
     ):
         task.push(chunk(kind, content, node))
     task.finish()
-    expect(bot(page)).to_have_text(["Da primeira de novo", "Da segunda"])
+    browser.expect(bot(page)).to_have_text(["Da primeira de novo", "Da segunda"])
 
 
 def test_previous_session(host, start_proxy, open_widget, worker):
@@ -167,13 +151,13 @@ def test_previous_session(host, start_proxy, open_widget, worker):
     ]
     # O n8n escreve JSON em várias linhas: o proxy as junta, e o corpo é um JSON só.
     task.finish(json.dumps({"data": history}, indent=2, ensure_ascii=False))
-    expect(page.locator(".chat-message-from-user")).to_have_text("Já falamos?")
-    expect(bot(page)).to_have_text("Sim, ontem.")
+    browser.expect(page.locator(".chat-message-from-user")).to_have_text("Já falamos?")
+    browser.expect(bot(page)).to_have_text("Sim, ontem.")
     say(page, "Continue")
     task = worker.next()
     assert json.loads(task.info["body"])["sessionId"] == asked["sessionId"]
     task.finish(chunk("begin"), chunk("item", "Pois não."), chunk("end"))
-    expect(bot(page)).to_have_text(["Sim, ontem.", "Pois não."])
+    browser.expect(bot(page)).to_have_text(["Sim, ontem.", "Pois não."])
 
 
 def test_trap_heartbeat_before_the_history(start_proxy, open_widget, worker):
@@ -183,12 +167,12 @@ def test_trap_heartbeat_before_the_history(start_proxy, open_widget, worker):
     # O batimento é de 50 ms; com um segundo de página, algum já chegou.
     harness.eventually(lambda: page.evaluate("performance.now()") > 1000, 10, "um segundo de página")
     # Até o histórico vir, não há onde escrever.
-    expect(page.locator("[data-test-id=chat-input]")).to_be_hidden()
+    browser.expect(page.locator("[data-test-id=chat-input]")).to_be_hidden()
     task.finish(json.dumps({"data": [{"id": ["AIMessage"], "kwargs": {"content": "perdida"}}]}))
     say(page, "Olá")
     task = worker.next()
     task.finish(chunk("begin"), chunk("item", "Oi"), chunk("end"))
-    expect(bot(page)).to_have_text("Oi")
+    browser.expect(bot(page)).to_have_text("Oi")
 
 
 def test_file_upload(host, start_proxy, open_widget, worker):
@@ -201,7 +185,7 @@ def test_file_upload(host, start_proxy, open_widget, worker):
         with page.expect_file_chooser() as chooser:
             page.locator("[data-test-id=chat-attach-file-button]").click()
         chooser.value.set_files({"name": name, "mimeType": kind, "buffer": data})
-        expect(page.locator("[data-test-id=chat-file]").last).to_contain_text(name)
+        browser.expect(page.locator("[data-test-id=chat-file]").last).to_contain_text(name)
         say(page, f"Veja {name}")
         task = worker.next()
         fields, files = read_multipart(task.info)
@@ -209,7 +193,7 @@ def test_file_upload(host, start_proxy, open_widget, worker):
         assert files == {name: (kind, data)}
         assert task.info.get("body_encoding") == (None if kind == "text/plain" else "base64")
         task.finish(chunk("begin"), chunk("item", f"Recebi {name}"), chunk("end"))
-        expect(bot(page).last).to_have_text(f"Recebi {name}")
+        browser.expect(bot(page).last).to_have_text(f"Recebi {name}")
 
 
 def read_multipart(info):
@@ -241,13 +225,13 @@ def test_timeout_shows_a_message(host, start_proxy, open_widget, worker):
     page = open_widget(start_proxy("--cors-origin", "*", "--maxtime", "800", "--maxtime-error", timeout_line).port)
     say(page, "Olá")
     worker.next()
-    expect(bot(page)).to_have_text("Error: O assistente demorou demais. Tente de novo.")
-    expect(page.locator(".chat-message-typing")).to_be_hidden()
+    browser.expect(bot(page)).to_have_text("Error: O assistente demorou demais. Tente de novo.")
+    browser.expect(page.locator(".chat-message-typing")).to_be_hidden()
     say(page, "De novo")
     worker.next().push(chunk("begin"), chunk("item", "Estou pen"))
     shown = "Error: O assistente demorou demais. Tente de novo."
     # O aviso não traz o nó: é outra mensagem.
-    expect(bot(page)).to_have_text([shown, "Estou pen", shown])
+    browser.expect(bot(page)).to_have_text([shown, "Estou pen", shown])
 
 
 def test_trap_default_timeout_line(start_proxy, open_widget, worker):
@@ -255,12 +239,12 @@ def test_trap_default_timeout_line(start_proxy, open_widget, worker):
     page = open_widget(start_proxy("--cors-origin", "*", "--maxtime", "500").port)
     say(page, "Olá")
     worker.next()
-    expect(bot(page)).to_contain_text("[No response received.")
+    browser.expect(bot(page)).to_contain_text("[No response received.")
     say(page, "De novo")
     worker.next().push(chunk("begin"), chunk("item", "Estou pen"))
     # No meio, nem isso: o texto só para.
-    expect(page.locator(".chat-message-typing")).to_be_hidden()
-    expect(bot(page).last).to_have_text("Estou pen")
+    browser.expect(page.locator(".chat-message-typing")).to_be_hidden()
+    browser.expect(bot(page).last).to_have_text("Estou pen")
 
 
 def test_http_error_shows_a_message(start_proxy, open_widget, connect, worker):
@@ -270,7 +254,7 @@ def test_http_error_shows_a_message(start_proxy, open_widget, connect, worker):
     task = worker.next()
     page = open_widget(proxy.port)
     say(page, "Olá")
-    expect(bot(page)).to_have_text("Error: Failed to receive response")
+    browser.expect(bot(page)).to_have_text("Error: Failed to receive response")
     task.finish()
     busy.response().lines()
 
@@ -280,4 +264,4 @@ def test_without_streaming(start_proxy, open_widget, worker):
     page = open_widget(start_proxy("--cors-origin", "*").port, enableStreaming=False)
     say(page, "Olá")
     worker.next().finish('{"output": "Tudo de uma vez"}')
-    expect(bot(page)).to_have_text("Tudo de uma vez")
+    browser.expect(bot(page)).to_have_text("Tudo de uma vez")

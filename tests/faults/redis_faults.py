@@ -601,6 +601,30 @@ def open_many(connect, proxy, worker, count):
     return pairs
 
 
+def deliver_across_cuts(proxy, server, relay, pairs, total, patience):
+    """Empurra linhas a todos os streams enquanto a intermediária corta, e confere o que chega.
+
+    Argumentos:
+        proxy: o proxy.
+        server: o harness.redis_server.
+        relay: a fault_relay, já a cortar.
+        pairs: os streams, pares (response, task).
+        total: quantas linhas a cada um.
+        patience: prazo em segundos.
+
+    Retorno:
+        A conta (str).
+    """
+    tasks = [task for _, task in pairs]
+    source = feeder(lambda: support.plain_client(server), tasks, total, follow(relay))
+    with closing_thread(source):
+        text = deliver_all(proxy, pairs, total, patience)
+        harness.eventually(lambda: source.done, 10, "worker encerrado")
+    assert relay.over(), relay.summary()
+    support.wait_empty(server.client(), 5)
+    return f"{relay.summary()}; {text}"
+
+
 def judge(received, total):
     """Confere o que chegou a cada stream com o que lhe foi empurrado.
 

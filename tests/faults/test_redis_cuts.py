@@ -43,15 +43,8 @@ def test_exactly_once_across_cuts(
     proxy = start_proxy("-P", pause, redis=server, env={"REDIS_SERVER": relay.address})
     pairs = redis_faults.open_many(connect, proxy, start_worker(server.client()), streams)
     relay.begin(cuts, silences=redis_faults.pick(1, 40))
-    share = total // streams
-    tasks = [task for _, task in pairs]
-    source = redis_faults.feeder(lambda: support.plain_client(server), tasks, share, redis_faults.follow(relay))
-    with redis_faults.closing_thread(source):
-        text = redis_faults.deliver_all(proxy, pairs, share, redis_faults.pick(90, 1500))
-        harness.eventually(lambda: source.done, 10, "worker encerrado")
-    assert relay.over(), relay.summary()
-    redis_faults.tell(f"{relay.summary()}; {text}")
-    support.wait_empty(server.client(), 5)
+    patience = redis_faults.pick(90, 1500)
+    redis_faults.tell(redis_faults.deliver_across_cuts(proxy, server, relay, pairs, total // streams, patience))
     assert "REDIS_WAKE: o Redis recusou" not in proxy.log()
 
 

@@ -192,14 +192,9 @@ def test_exactly_once_across_cuts_of_tls(start_tls, certificates, start_proxy, h
         proxy = start_proxy("-P", 1, redis=server, env=tls_url(certificates, relay.port))
         pairs = redis_faults.open_many(connect, proxy, start_worker(server.client()), streams)
         relay.begin(cuts)
-        share, tasks = total // streams, [task for _, task in pairs]
-        source = redis_faults.feeder(lambda: support.plain_client(server), tasks, share, redis_faults.follow(relay))
-        with redis_faults.closing_thread(source):
-            text = redis_faults.deliver_all(proxy, pairs, share, redis_faults.pick(90, 1500))
-            harness.eventually(lambda: source.done, 10, "worker encerrado")
-        assert relay.over(), relay.summary()
-        redis_faults.tell(f"TLS: {relay.summary()}; {text}")
-        support.wait_empty(server.client(), 5)
+        patience = redis_faults.pick(90, 1500)
+        text = redis_faults.deliver_across_cuts(proxy, server, relay, pairs, total // streams, patience)
+        redis_faults.tell(f"TLS: {text}")
         proxy.stop()
 
 
