@@ -3,7 +3,8 @@
 
 Só precisa de redis-py. Lê REDIS_SERVER, REDIS_PASSWORD, REDIS_CHANNEL e REDIS_QUEUE do
 ambiente, como o proxy. Com REDIS_QUEUE, tira as tarefas dessa lista, no lugar de ouvir o
-canal: nenhuma se perde por não haver um worker ouvindo, e só um a recebe. Para fazer o seu worker, troque a função answer().
+canal: nenhuma se perde por não haver um worker ouvindo, e só um a recebe. Para fazer o
+seu worker, troque a função answer().
 """
 import argparse
 import json
@@ -33,9 +34,10 @@ def answer(task):
     text = task["body"]
     try:
         body = json.loads(text)
-        text = next(str(body[name]) for name in ("chatInput", "message", "prompt") if name in body)
+        values = (body[name] for name in ("chatInput", "message", "prompt") if name in body)
+        text = next(value for value in values if isinstance(value, str))
     except (ValueError, TypeError, StopIteration):
-        pass                    # não é JSON, ou não tem esses campos: vale o texto cru
+        pass                    # não é JSON, ou não tem um texto nesses campos: vale o texto cru
     yield {"type": "begin"}
     for word in text.split():
         time.sleep(DELAY)

@@ -6,13 +6,10 @@ import re
 import statistics
 import time
 
-import playwright.sync_api
 import pytest
 
+import browser
 import harness
-
-# Quanto se espera, em ms, que algo apareça na página; folgado, para uma máquina ocupada.
-patience = 15000
 
 
 @pytest.fixture
@@ -27,7 +24,7 @@ def open_page(chromium):
     def start(address, **options):
         """Abre uma página. Argumentos: address, o endereço; options, as de Browser.new_page. Retorno: a página."""
         page = chromium.new_page(**options)
-        page.set_default_timeout(patience)
+        page.set_default_timeout(browser.patience)
         page.on("pageerror", lambda error: faults.append(str(error)))
         # Uma requisição recusada também vira mensagem de erro no console; essa cada prova trata.
         page.on("console", lambda message: "Content Security" in message.text and faults.append(message.text))
@@ -82,39 +79,26 @@ def item(text):
     return json.dumps({"type": "item", "content": text})
 
 
-def expect(place):
-    """Atalho para as esperas do playwright, com o prazo daqui.
-
-    Argumentos:
-        place: a página ou o Locator.
-
-    Retorno:
-        O objeto de asserções.
-    """
-    playwright.sync_api.expect.set_options(timeout=patience)
-    return playwright.sync_api.expect(place)
-
-
 def test_chat_shows_each_line(host, start_proxy, open_chat, worker):
     """A conversa mostra cada linha quando ela chega: a seguinte só é empurrada depois que a anterior se vê."""
     proxy = start_proxy("--cors-origin", "*")
     page = open_chat(proxy.port)
-    expect(page.locator("#lamp")).to_have_attribute("data-state", "up")
+    browser.expect(page.locator("#lamp")).to_have_attribute("data-state", "up")
     answer = say(page, "Olá, você")
     task = worker.next()
     sent = json.loads(task.info["body"])
     assert (sent["action"], sent["chatInput"]) == ("sendMessage", "Olá, você")
     task.push('{"type": "begin"}')
-    expect(answer.get_by_text("1 linha", exact=True)).to_be_visible()
+    browser.expect(answer.get_by_text("1 linha", exact=True)).to_be_visible()
     text = ""
     for word in ("Cada ", "palavra ", "chega ", "sozinha:\n", "**ç** ", "<b>não</b> ", "é HTML"):
         task.push(item(word))
         text += word
-        expect(answer.locator(".prose")).to_have_text(text.rstrip(" "), use_inner_text=True)
-        expect(answer).to_have_attribute("data-state", "live")
+        browser.expect(answer.locator(".prose")).to_have_text(text.rstrip(" "), use_inner_text=True)
+        browser.expect(answer).to_have_attribute("data-state", "live")
     task.finish('{"type": "end"}')
-    expect(answer).to_have_attribute("data-state", "done")
-    expect(answer.get_by_text("9 linhas", exact=True)).to_be_visible()
+    browser.expect(answer).to_have_attribute("data-state", "done")
+    browser.expect(answer.get_by_text("9 linhas", exact=True)).to_be_visible()
     assert answer.get_attribute("data-task") == task.name
     assert answer.locator(".lines").get_attribute("d").count("M") >= 2
     answer.get_by_text("ver as linhas").click()
@@ -125,7 +109,7 @@ def test_chat_shows_each_line(host, start_proxy, open_chat, worker):
     task = worker.next()
     assert json.loads(task.info["body"])["sessionId"] == sent["sessionId"]
     task.finish("texto solto", '"um texto JSON"', '{"output": "de outro worker"}', '{"n": 1}', "null")
-    expect(page.locator(".answer").last).to_have_attribute("data-state", "done")
+    browser.expect(page.locator(".answer").last).to_have_attribute("data-state", "done")
     shown = page.locator(".answer").last.locator(".prose").inner_text()
     assert re.sub(r"\s+", " ", shown) == 'texto soltoum texto JSONde outro worker {"n": 1} null'
 
@@ -138,9 +122,9 @@ def test_chat_opened_from_disk(start_proxy, open_page, examples, worker):
     task = worker.next()
     assert task.info["headers"]["Origin"] == "null"
     task.push(item("Oi"))
-    expect(answer.locator(".prose")).to_have_text("Oi")
+    browser.expect(answer.locator(".prose")).to_have_text("Oi")
     task.finish()
-    expect(answer).to_have_attribute("data-state", "done")
+    browser.expect(answer).to_have_attribute("data-state", "done")
 
 
 def test_chat_stops(host, start_proxy, open_chat, worker):
@@ -151,11 +135,11 @@ def test_chat_stops(host, start_proxy, open_chat, worker):
         answer = say(page, "Conte até mil")
         task = worker.next()
         task.push('{"type": "begin"}', item("um"))
-        expect(answer.locator(".prose")).to_have_text("um")
+        browser.expect(answer.locator(".prose")).to_have_text("um")
         stop()
-        expect(answer).to_have_attribute("data-state", "stopped")
-        expect(answer.get_by_text("parada por você")).to_be_visible()
-        expect(page.get_by_role("button", name="Enviar")).to_be_visible()
+        browser.expect(answer).to_have_attribute("data-state", "stopped")
+        browser.expect(answer.get_by_text("parada por você")).to_be_visible()
+        browser.expect(page.get_by_role("button", name="Enviar")).to_be_visible()
         task.gone(10)
     harness.eventually(lambda: [row.get("fim") for row in proxy.tasks()] == ["cliente"] * 2, 5, "duas saídas no log")
 
@@ -169,28 +153,28 @@ def test_chat_shows_http_errors(start_proxy, start_redis, open_chat, worker):
         first = say(other, "ocupa o lugar")
         task = hand.next()
         answer = say(page, "Olá")
-        expect(answer.get_by_role("alert")).to_contain_text("limite de 1 stream")
-        expect(answer.get_by_role("alert")).to_contain_text("HTTP 503, too_many_streams")
+        browser.expect(answer.get_by_role("alert")).to_contain_text("limite de 1 stream")
+        browser.expect(answer.get_by_role("alert")).to_contain_text("HTTP 503, too_many_streams")
         task.finish(item("pronto"))
-        expect(first).to_have_attribute("data-state", "done")
+        browser.expect(first).to_have_attribute("data-state", "done")
         task.gone()
         page.get_by_role("button", name="Tentar de novo").click()
         task = hand.next()
         assert json.loads(task.info["body"])["chatInput"] == "Olá"
         task.finish(item("agora sim"))
-        expect(page.locator(".answer")).to_have_count(1)
-        expect(page.locator(".answer .prose")).to_have_text("agora sim")
+        browser.expect(page.locator(".answer")).to_have_count(1)
+        browser.expect(page.locator(".answer .prose")).to_have_text("agora sim")
         task.gone()
     server.kill()
     answer = say(page, "Alguém?")
-    expect(answer.get_by_role("alert")).to_contain_text("HTTP 504, redis_unavailable")
+    browser.expect(answer.get_by_role("alert")).to_contain_text("HTTP 504, redis_unavailable")
     server.start()
     proxy.wait_log("Redis de volta", 15)
     proxy.stop()
     answer = say(page, "E agora?")
-    expect(answer.get_by_role("alert")).to_contain_text("Não consegui falar com o proxy")
-    expect(answer.get_by_role("alert")).to_contain_text(page.evaluate("location.origin"))
-    expect(page.locator("#lamp")).to_have_attribute("data-state", "down")
+    browser.expect(answer.get_by_role("alert")).to_contain_text("Não consegui falar com o proxy")
+    browser.expect(answer.get_by_role("alert")).to_contain_text(page.evaluate("location.origin"))
+    browser.expect(page.locator("#lamp")).to_have_attribute("data-state", "down")
 
 
 def test_chat_shows_broken_answers(start_proxy, open_chat, worker):
@@ -199,21 +183,21 @@ def test_chat_shows_broken_answers(start_proxy, open_chat, worker):
     page = open_chat(proxy.port)
     answer = say(page, "demora")
     worker.next()
-    expect(answer.get_by_role("alert")).to_contain_text("tempo demais")
+    browser.expect(answer.get_by_role("alert")).to_contain_text("tempo demais")
     answer = say(page, "falha")
     worker.next().finish(item("meia"), '{"type": "error", "content": "acabou a tinta"}')
-    expect(answer.get_by_role("alert")).to_contain_text("acabou a tinta")
-    expect(answer.locator(".prose")).to_have_text("meia")
+    browser.expect(answer.get_by_role("alert")).to_contain_text("acabou a tinta")
+    browser.expect(answer.locator(".prose")).to_have_text("meia")
     answer = say(page, "some")
     worker.next().finish('{"type": "begin"}', item("meia"))
-    expect(answer.get_by_role("alert")).to_contain_text("sem a linha de fim")
+    browser.expect(answer.get_by_role("alert")).to_contain_text("sem a linha de fim")
     answer = say(page, "morre")
     task = worker.next()
     task.push(item("meia"))
-    expect(answer.locator(".prose")).to_have_text("meia")
+    browser.expect(answer.locator(".prose")).to_have_text("meia")
     proxy.kill()
-    expect(answer.get_by_role("alert")).to_contain_text("A conexão caiu no meio da resposta")
-    expect(answer.locator(".prose")).to_have_text("meia")
+    browser.expect(answer.get_by_role("alert")).to_contain_text("A conexão caiu no meio da resposta")
+    browser.expect(answer.locator(".prose")).to_have_text("meia")
     task.client.delete(*task.traces())
 
 
@@ -225,23 +209,24 @@ def test_chat_draws_heartbeats(start_proxy, open_chat, worker):
     task = worker.next()
     harness.eventually(lambda: (answer.locator(".pings").get_attribute("d") or "").count("M") >= 3, 15, "três traços")
     task.finish(item("Oi"), '{"type": "end"}')
-    expect(answer).to_have_attribute("data-state", "done")
-    expect(answer.locator(".prose")).to_have_text("Oi")
-    expect(answer.get_by_text("2 linhas", exact=True)).to_be_visible()
+    browser.expect(answer).to_have_attribute("data-state", "done")
+    browser.expect(answer.locator(".prose")).to_have_text("Oi")
+    browser.expect(answer.get_by_text("2 linhas", exact=True)).to_be_visible()
 
 
-def test_chat_sends_the_token(host, start_proxy, open_chat, worker):
+@pytest.mark.parametrize("token", ["segredo-das-provas-0123456789", "um%zz#dois%41"])
+def test_chat_sends_the_token(token, host, start_proxy, open_chat, worker):
     """Com AUTH_TOKEN, a página mostra o 401; com o token depois do #, conversa, e o token não vai na URL."""
-    proxy = start_proxy("--cors-origin", "*", env={"AUTH_TOKEN": "segredo-das-provas-0123456789"})
+    proxy = start_proxy("--cors-origin", "*", env={"AUTH_TOKEN": token})
     answer = say(open_chat(proxy.port), "Olá")
-    expect(answer.get_by_role("alert")).to_contain_text("HTTP 401, unauthorized")
+    browser.expect(answer.get_by_role("alert")).to_contain_text("HTTP 401, unauthorized")
     worker.idle()
-    page = open_chat(proxy.port, "/chat#segredo-das-provas-0123456789")
+    page = open_chat(proxy.port, f"/chat#{token}")
     answer = say(page, "Olá")
     task = worker.next()
     assert (task.info["path"], task.info["query"]) == ("/chat", "")
     task.finish(item("Oi"))
-    expect(answer.locator(".prose")).to_have_text("Oi")
+    browser.expect(answer.locator(".prose")).to_have_text("Oi")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -254,15 +239,15 @@ def test_chat_fits_the_screen(width, scheme, start_proxy, open_chat, worker):
     answer = say(page, "x" * 200)
     task = worker.next()
     task.push(item("palavra " * 400), item("y" * 300), '{"dados": "' + "z" * 300 + '"}')
-    expect(answer.get_by_text("3 linhas", exact=True)).to_be_visible()
+    browser.expect(answer.get_by_text("3 linhas", exact=True)).to_be_visible()
     answer.get_by_text("ver as linhas").click()
-    expect(answer.locator(".wire")).to_be_in_viewport()
+    browser.expect(answer.locator(".wire")).to_be_in_viewport()
     task.finish('{"type": "error", "content": "' + "w" * 200 + '"}')
-    expect(answer).to_have_attribute("data-state", "failed")
+    browser.expect(answer).to_have_attribute("data-state", "failed")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate("scroller.scrollWidth <= scroller.clientWidth")
     assert page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 2")
-    expect(page.get_by_label("Mensagem")).to_be_in_viewport()
+    browser.expect(page.get_by_label("Mensagem")).to_be_in_viewport()
     # WCAG AA: 4,5 para texto.
     low = page.evaluate(contrast_script)
     assert low == []
