@@ -802,6 +802,10 @@ def check_combinations(given):
             f"METRICS_PORT: o valor {METRICS_PORT} ({given['METRICS_PORT'].layer}) pede o módulo prometheus_client, "
             "que falta; no Debian: apt install python3-prometheus-client"
         )
+    if METRICS_PORT and METRICS_PORT == HTTP_PORT and (METRICS_HOST == HTTP_HOST or HTTP_HOST in ("0.0.0.0", "::")):
+        raise configuration_error(
+            f"METRICS_PORT: o valor {METRICS_PORT} ({given['METRICS_PORT'].layer}) deve ser diferente de HTTP_PORT"
+        )
     for name, prefix in (("REDIS_PREFIX", REDIS_PREFIX), ("REDIS_LIST_PREFIX", REDIS_LIST_PREFIX)):
         if REDIS_QUEUE.startswith(prefix):
             raise configuration_error(
@@ -926,29 +930,37 @@ class log_writer(logging.handlers.QueueListener):
             )))
 
 
-class rare_warning:
-    """Aviso sobre algo que um cliente pode repetir à vontade: sai uma vez por minuto."""
+# Tempo, em segundos, até repetir no log um aviso igual.
+warning_interval = 60.0
+
+
+class rare_warnings:
+    """Avisos que outros podem provocar à vontade: cada um sai uma vez por minuto."""
 
     def __init__(self):
         """Começa sem nada a avisar."""
         self.lock = threading.Lock()
-        self.count = 0
-        self.next_at = 0.0
+        self.told = {}
 
-    def tell(self, message, *args):
-        """Conta uma ocorrência e, se for hora, escreve o aviso.
+    def tell(self, text, subject=None):
+        """Escreve um aviso, se for hora; senão, só o conta.
 
         Argumentos:
-            message (str): formato; o último %d é o número de ocorrências.
-            args (object): argumentos do formato, menos o último.
+            text (str): frase para o operador.
+            subject (str): o que torna iguais dois avisos; sem ele, a própria frase.
         """
+        subject, now = subject or text, time.monotonic()
         with self.lock:
-            self.count += 1
-            now = time.monotonic()
-            if now < self.next_at:
+            due, count = self.told.get(subject, (0.0, 0))
+            if now < due:
+                self.told[subject] = (due, count + 1)
                 return
-            count, self.count, self.next_at = self.count, 0, now + 60
-        log.warning(message, *args, count)
+            self.told = {name: row for name, row in self.told.items() if row[0] > now}
+            self.told[subject] = (now + warning_interval, 0)
+        log.warning("%s%s", text, f" (e outras {count} vezes desde o último aviso)" if count else "")
+
+
+rare = rare_warnings()
 
 
 def stderr_is_journal():
@@ -1633,8 +1645,6 @@ wake_retry = 1.0
 removal_retry = 2.0
 gone_check = 0.5
 status_interval = 5.0
-# Tempo, em segundos, até repetir no log uma queixa igual.
-complaint_interval = 60.0
 # Procura por listas órfãs: tempo entre duas voltas e entre dois passos de uma volta,
 # em segundos, e chaves olhadas em um passo, que seguram o Redis por menos de 1 ms.
 orphan_interval = 20.0
@@ -1738,7 +1748,6 @@ class collector(threading.Thread):
         self.idle_at = time.monotonic() + idle_ping
         self.count_turn = self.types_turn = 0
         self.suspects, self.counted, self.census_serial = [], [], 0
-        self.complaints = {}
         self.cursor, self.orphan_at = b"0", 0.0
         self.strangers, self.orphans = [], []
         self.queue_at, self.queue_start = 0.0 if REDIS_QUEUE else math.inf, 0
@@ -2188,19 +2197,6 @@ class collector(threading.Thread):
         log.info("Redis de volta")
         return True
 
-    def complain(self, text):
-        """Registra um erro que se repete a cada consulta, no máximo uma vez por minuto.
-
-        Argumentos:
-            text (str): frase para o operador.
-        """
-        now = time.monotonic()
-        if now >= self.complaints.get(text, 0.0):
-            # Poucas frases são possíveis, mas elas citam o que o Redis disse.
-            self.complaints = {old: due for old, due in self.complaints.items() if due > now}
-            self.complaints[text] = now + complaint_interval
-            log.warning("%s", text)
-
     def refuse(self, error):
         """Responde com erro a quem espera pelo Redis.
 
@@ -2539,6 +2535,22 @@ class collector(threading.Thread):
 
     # -- respostas ------------------------------------------------------------
 
+    def is_good(self, replies, complaint):
+        """Diz se as respostas de uma tarefa de rotina servem, e registra a recusa.
+
+        Argumentos:
+            replies (list | Exception): respostas ou a falha da conexão.
+            complaint (str): o que deixa de ser feito, para o operador.
+        Retorna:
+            bool: falso se a conexão falhou ou se o Redis recusou.
+        """
+        if isinstance(replies, Exception):
+            return False
+        error = first_error(replies)
+        if error is not None:
+            rare.tell(f"{complaint}: {error}")
+        return error is None
+
     def on_ping(self, subject, replies):
         """Responde a quem pediu PING.
 
@@ -2558,7 +2570,7 @@ class collector(threading.Thread):
             return
         answer = True if replies[0] == b"PONG" else replies[0]
         if answer is not True:
-            self.complain(f"o Redis recusou o PING: {answer}")
+            rare.tell(f"o Redis recusou o PING: {answer}")
         for answers, _ in subject:
             answers.put(answer)
 
@@ -2588,8 +2600,7 @@ class collector(threading.Thread):
         if isinstance(replies, Exception):
             # Se o Redis demorar a voltar, a validade das chaves faz o serviço.
             self.removals = (streams + self.removals)[:10000]
-        elif first_error(replies[:1]):
-            self.complain(f"o Redis não apagou as chaves das tarefas: {replies[0]}")
+        elif not self.is_good(replies[:1], "o Redis não apagou as chaves das tarefas"):
             self.refused = (streams + self.refused)[:10000]
             self.refused_at = time.monotonic() + removal_retry
         else:
@@ -2654,14 +2665,9 @@ class collector(threading.Thread):
             streams (list[stream]): streams contados.
             replies (list | Exception): respostas ou a falha da conexão.
         """
-        if isinstance(replies, Exception):
-            return
-        error = first_error(replies)
-        if is_unable(error):
-            self.lose_main(error)
-        elif error is not None:
-            self.complain(f"a consulta periódica falhou: {error}")
-        elif replies != [0, len(streams)]:
+        if not isinstance(replies, Exception) and is_unable(first_error(replies)):
+            self.lose_main(first_error(replies))
+        elif self.is_good(replies, "a consulta periódica falhou") and replies != [0, len(streams)]:
             self.recount_at = time.monotonic() + wake_grace
 
     def on_recount(self, streams, replies):
@@ -2711,10 +2717,7 @@ class collector(threading.Thread):
             replies (list | Exception): respostas ou a falha da conexão.
         """
         self.orphan_at = time.monotonic() + orphan_interval
-        if isinstance(replies, Exception):
-            return
-        if first_error(replies):
-            self.complain(f"as listas órfãs não são procuradas: {replies[0]}")
+        if not self.is_good(replies, "as listas órfãs não são procuradas"):
             return
         self.cursor, names = replies[0]
         if self.cursor != b"0":
@@ -2739,10 +2742,7 @@ class collector(threading.Thread):
             replies (list | Exception): respostas ou a falha da conexão.
         """
         self.queue_at = time.monotonic() + orphan_interval
-        if isinstance(replies, Exception):
-            return
-        if first_error(replies):
-            self.complain(f"REDIS_QUEUE: as tarefas mortas não são procuradas na fila: {replies[0]}")
+        if not self.is_good(replies, "REDIS_QUEUE: as tarefas mortas não são procuradas na fila"):
             return
         if len(replies[0]) < queue_keys:
             self.queue_start = 0
@@ -2771,8 +2771,7 @@ class collector(threading.Thread):
             _ (None): sem uso.
             replies (list | Exception): respostas ou a falha da conexão.
         """
-        if not isinstance(replies, Exception) and first_error(replies):
-            self.complain(f"REDIS_QUEUE: as tarefas mortas não saem da fila: {first_error(replies)}")
+        self.is_good(replies, "REDIS_QUEUE: as tarefas mortas não saem da fila")
 
     def on_renewal(self, _, replies):
         """Confere se a validade das chaves foi renovada.
@@ -2781,8 +2780,7 @@ class collector(threading.Thread):
             _ (None): sem uso.
             replies (list | Exception): respostas ou a falha da conexão.
         """
-        if not isinstance(replies, Exception) and first_error(replies):
-            self.complain(f"o Redis não renovou a validade das chaves: {first_error(replies)}")
+        self.is_good(replies, "o Redis não renovou a validade das chaves")
 
 
 def submit_commands(stream, payload):
@@ -3266,9 +3264,6 @@ def options_response(request):
     return response
 
 
-refusals = rare_warning()
-
-
 def is_authorized(environ):
     """Confere o token de uma requisição.
 
@@ -3294,8 +3289,8 @@ def refuse_unauthorized(request):
     Retorna:
         flask.Response: erro 401.
     """
-    refusals.tell("requisição sem um AUTH_TOKEN válido recusada: cliente=%s (desde o último aviso: %d)",
-                  client_address(request.environ))
+    text = f"requisição sem um AUTH_TOKEN válido recusada: cliente={client_address(request.environ)}"
+    rare.tell(text, "AUTH_TOKEN")
     return error_response(401, "unauthorized", "falta um token válido no cabeçalho Authorization: Bearer",
                           [("WWW-Authenticate", "Bearer")])
 
@@ -3427,18 +3422,19 @@ def streaming():
     """
     request = flask.request
     body = read_body(request)
-    if not redis_ping():
-        return error_response(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
     if not gate.enter():
         if gate.closed:
             return stopping_response()
         limit = plural(gate.limit, "stream simultâneo", "streams simultâneos")
         return error_response(503, "too_many_streams", f"o limite de {limit} foi atingido", retry_later)
     try:
-        return start_stream(request, body)
+        if redis_ping():
+            return start_stream(request, body)
     except BaseException:
         gate.leave()
         raise
+    gate.leave()
+    return redis_failure(redis.TimeoutError("sem resposta ao PING"))
 
 
 @app.before_request
@@ -3556,12 +3552,13 @@ def host_error(status, head):
 
 backlog = 4096
 # Tempo máximo, em segundos, de um cliente que não lê a resposta ou não faz outra
-# requisição na mesma conexão.
+# requisição na mesma conexão. No servidor do Flask o tempo recomeça quando o sistema
+# ainda aceita um pouco: quem parou de ler cai em até três vezes isso.
 client_timeout = 60
 # Intervalo, em segundos, entre dois exames dos prazos das conexões.
 sweep_interval = 1.0
 # Bytes que o waitress guarda de uma resposta antes de fazer a thread esperar.
-high_watermark = 1048576
+high_watermark = 262144
 # Descritores usados pelo próprio programa, com folga, e os que ficam para responder
 # 503 e /ping.
 own_descriptors = 32
@@ -3585,6 +3582,7 @@ token = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 request_line = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.[0-9]" % token)
 header_line = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*)" % token)
 target_form = re.compile(rb"/.*|(?i:https?)://(?:\[[0-9A-Fa-f:.]+\]|[^\[\]/?#]+)(?::[0-9]*)?(?:[/?#].*)?")
+leading_blank = re.compile(rb"(?:\r\n)?[ \t\v\f]")
 bare_break = re.compile(rb"(?<!\r)\n")
 host_form = re.compile(rb"[^\s/?#@\\]*")
 
@@ -4015,8 +4013,7 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
         try:
             return super().get_request()
         except OSError as error:
-            if alarm.ring(error):
-                # Sem a pausa o laço giraria à toa: a conexão continua na fila.
+            if lacks_descriptors(error):
                 time.sleep(accept_pause)
             raise
 
@@ -4062,29 +4059,19 @@ def raise_descriptor_limit():
     return hard - own_descriptors
 
 
-class descriptor_alarm:
-    """Queixa, no máximo uma vez por minuto, de que faltam descritores."""
+def lacks_descriptors(error):
+    """Diz se faltam descritores, e o registra.
 
-    next_at = 0.0
-
-    def ring(self, error):
-        """Registra a falta, se é disso que se trata.
-
-        Argumentos:
-            error (OSError): falha ao aceitar uma conexão.
-        Retorna:
-            bool: verdadeiro se faltam descritores.
-        """
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            return False
-        now = time.monotonic()
-        if now >= self.next_at:
-            self.next_at = now + complaint_interval
-            log.warning("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
-        return True
-
-
-alarm = descriptor_alarm()
+    Argumentos:
+        error (OSError): falha ao aceitar uma conexão.
+    Retorna:
+        bool: verdadeiro se faltam: a conexão continua na fila do sistema, e sem uma
+        pausa o laço giraria à toa.
+    """
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return False
+    rare.tell("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
+    return True
 
 
 def open_listener(host, port):
@@ -4202,7 +4189,12 @@ class waitress_parser(waitress.parser.HTTPRequestParser):
         Retorna:
             int: número de bytes consumidos.
         """
+        is_start = not self.headers_finished and len(self.header_plus) < 3
+        start = self.header_plus + data[:3] if is_start else b""
         consumed = super().received(data)
+        if leading_blank.match(start):
+            # O waitress tira qualquer espaço do começo; a RFC 9112 (2.2), só um CRLF.
+            self.refusal, self.completed = 400, True
         if not self.headers_finished and not self.completed:
             self.refusal = self.unfinished_error(len(data))
             self.completed = self.refusal > 0
@@ -4503,7 +4495,7 @@ def pausing_accept(server):
         try:
             return plain_accept()
         except OSError as error:
-            if alarm.ring(error):
+            if lacks_descriptors(error):
                 ready_at = time.monotonic() + accept_pause
             raise
 
@@ -4655,9 +4647,8 @@ class metrics_server(http.server.ThreadingHTTPServer):
         try:
             return super().get_request()
         except OSError as error:
-            if alarm.ring(error):
-                # Sem a pausa o laço giraria à toa: a conexão continua na fila.
-                time.sleep(0.1)
+            if lacks_descriptors(error):
+                time.sleep(accept_pause)
             raise
 
     def handle_error(self, request, client_address):
@@ -4729,7 +4720,10 @@ class metrics_meter:
             duration (float): da requisição ao fim, em segundos.
         """
         with self.lock:
-            self.live.pop(stream, None)
+            if stream not in self.live:
+                # O Redis recusou a tarefa: já foi contada como recusa.
+                return
+            del self.live[stream]
             self.ends[stream.reason] += 1
             self.lines += stream.lines
             self.bytes += stream.bytes

@@ -1,6 +1,7 @@
 """Muitos clientes ao mesmo tempo, e o limite MAX_STREAMS."""
 
 import json
+import time
 
 import harness
 import support
@@ -79,5 +80,21 @@ def test_refusals_do_not_use_up_places(start_redis, start_proxy, host, connect, 
     server.start()
     response, task = support.open_stream(connect, proxy, start_worker(server.client()))
     assert_too_many(fetch, proxy)
+    task.finish("fim")
+    assert response.lines() == [b"fim"]
+
+
+def test_full_comes_before_redis(start_redis, start_proxy, host, connect, fetch, start_worker):
+    """Com os lugares tomados, quem chega recebe 503 na hora, mesmo que o Redis não responda."""
+    server = start_redis()
+    proxy = start_proxy("--max-streams", 1, redis=server)
+    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+    server.freeze()
+    try:
+        began = time.monotonic()
+        assert fetch(proxy, "POST", "/").status == 503
+        assert time.monotonic() - began < 1.5
+    finally:
+        server.thaw()
     task.finish("fim")
     assert response.lines() == [b"fim"]

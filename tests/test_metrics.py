@@ -169,6 +169,8 @@ def test_refusals(host, start_metered, start_redis, connect, fetch):
     client.config_set("maxmemory-policy", "noeviction")
     client.config_set("maxmemory", 1)
     refused(fetch(proxy, "GET", "/", token), 500)
+    # Uma tarefa recusada não é também uma tarefa que acabou em erro.
+    meter.reaches(0, "tasks_total", reason="erro")
     client.config_set("maxmemory", 0)
     server.kill()
     refused(fetch(proxy, "GET", "/", token), 504)
@@ -341,15 +343,18 @@ def failure(tmp_path, redis_main, status, **env):
 
 
 def test_port_taken(tmp_path, redis_main, host):
-    """Porta das métricas ocupada, ou igual à do proxy: código 1 e uma frase com o nome e a camada."""
+    """Porta das métricas ocupada: código 1 e uma frase com o nome e a camada. Igual à do proxy: código 2, e diz isso."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         sentence = failure(tmp_path, redis_main, 1, METRICS_PORT=port, HTTP_SERVER=host)
     for word in ("erro: METRICS_PORT", port, "ambiente", "já está em uso"):
         assert word in sentence
     port = str(harness.free_port())
-    sentence = failure(tmp_path, redis_main, 1, METRICS_PORT=port, HTTP_PORT=port, HTTP_SERVER=host)
-    assert "erro: METRICS_PORT" in sentence
+    for address in ("127.0.0.1", "0.0.0.0"):
+        names = {"METRICS_PORT": port, "HTTP_PORT": port, "HTTP_HOST": address, "HTTP_SERVER": host}
+        sentence = failure(tmp_path, redis_main, 2, **names)
+        for word in ("erro: METRICS_PORT", port, "ambiente", "diferente de HTTP_PORT"):
+            assert word in sentence
 
 
 def test_wrong_host(tmp_path, redis_main):
