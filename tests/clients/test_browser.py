@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 import time
+import urllib.parse
 
 import pytest
 
@@ -46,7 +47,7 @@ def open_chat(open_page, serve_files, examples):
 
     def start(port, path="/chat", **options):
         """Abre a conversa. Argumentos: port, a do proxy; path; options, as de new_page. Retorno: a página."""
-        address = f"http://127.0.0.1:{port}{path}".replace("#", "%23")
+        address = urllib.parse.quote(f"http://127.0.0.1:{port}{path}", safe="")
         return open_page(f"{site.origin}/chat.html?proxy={address}", **options)
 
     return start
