@@ -85,8 +85,12 @@ def eventually(predicate, timeout=5.0, what=""):
         step = min(step * 1.5, 0.05)
 
 
+# As que o padrão Fetch proíbe aos navegadores ("bad port"), entre as que free_port escolhe.
+unsafe_ports = {10080}
+
+
 def free_port():
-    """Escolhe uma porta TCP livre, fora da faixa efêmera do sistema.
+    """Escolhe uma porta TCP livre, fora da faixa efêmera do sistema e das que os navegadores recusam.
 
     Retorno:
         O número da porta (int), livre em 127.0.0.1 no momento da chamada.
@@ -97,6 +101,8 @@ def free_port():
     top = low if low > 12000 else 32768
     for _ in range(1000):
         port = random.SystemRandom().randrange(10000, top)
+        if port in unsafe_ports:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
