@@ -306,24 +306,49 @@ def parse_header_names(text):
     return frozenset(names)
 
 
+origin_form = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@:*\[\]]+)(?::([0-9]{1,5}))?")
+default_ports = {"http": 80, "https": 443}
+
+
+def parse_origin(text):
+    """Lê uma origem de CORS.
+
+    Argumentos:
+        text (str): esquema://host[:porta], "*" ou "null".
+    Retorna:
+        str: a origem como o navegador a envia: em minúsculas, sem barra, sem a porta
+        que o esquema já diz e com o nome em ASCII (RFC 6454, 6.2).
+    Levanta:
+        ValueError: se não tiver essa forma; nenhum navegador enviaria outra.
+    """
+    origin = text.rstrip("/").lower()
+    if origin in ("*", "null"):
+        return origin
+    parts = origin_form.fullmatch(origin)
+    if not parts:
+        raise ValueError(text)
+    scheme, host, port = parts[1], parts[2].encode("idna").decode(), int(parts[3] or default_ports.get(parts[1], 1))
+    if not 1 <= port <= 65535:
+        raise ValueError(text)
+    is_implied = parts[3] is None or port == default_ports.get(scheme)
+    return f"{scheme}://{host}" if is_implied else f"{scheme}://{host}:{port}"
+
+
 def parse_origins(text):
     """Lê a lista de origens de CORS.
 
     Argumentos:
         text (str): vazio, "*" ou origens separadas por vírgula ou espaço.
     Retorna:
-        frozenset: as origens como o navegador as envia (minúsculas, sem barra).
+        frozenset[str]: as origens, na forma de parse_origin.
     Levanta:
-        ValueError: se alguma não tiver a forma esquema://host[:porta], ou se houver
-            um "*" entre outras, que as tornaria inúteis.
+        ValueError: se alguma não for uma origem, ou se houver um "*" entre outras, que
+            as tornaria inúteis.
     """
-    origins = [origin.rstrip("/").lower() for origin in split_list(text)]
-    for origin in origins:
-        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
-            raise ValueError(text)
+    origins = frozenset(map(parse_origin, split_list(text)))
     if "*" in origins and len(origins) > 1:
         raise ValueError(text)
-    return frozenset(origins)
+    return origins
 
 
 def parse_host(text):
@@ -378,8 +403,14 @@ def parse_sentinels(text):
     """
     host = r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\],]+)(?::[0-9]{1,5})?"
     parts = re.fullmatch(rf"sentinel://(?:[^\s/@]*@)?({host}(?:,{host})*)/([^\s/?#]+)(?:/([0-9]+))?", text)
-    if not parts:
+    if not parts or int(parts[3] or 0) > last_database:
         raise ValueError(text)
+    for each in parts[1].split(","):
+        url = urllib.parse.urlsplit(f"//{each}")
+        # A propriedade port recusa o que passa de 65535.
+        if url.port == 0:
+            raise ValueError(text)
+        parse_host(url.hostname)
     return redis_address(text, f"sentinel://{parts[1]}/{parts[2]}/{int(parts[3] or 0)}")
 
 
@@ -736,7 +767,7 @@ def has_password(address):
         bool: verdadeiro se é uma URL com senha antes do @ ou entre as opções.
     """
     url = urllib.parse.urlsplit(address)
-    return "://" in address and bool(url.password or "password" in urllib.parse.parse_qs(url.query))
+    return "://" in address and bool(url.password or any("password" in name for name in urllib.parse.parse_qs(url.query)))
 
 
 def load_settings(argv, environ):
@@ -1042,7 +1073,7 @@ def reason(error):
 
 
 def redis_words(error):
-    """Dá as palavras de um erro do Redis, sem as que só dizem em que linha de que script.
+    """Dá as palavras de um erro do Redis, sem argumentos nem a linha do script.
 
     Argumentos:
         error (Exception): erro do redis-py.
@@ -1051,6 +1082,8 @@ def redis_words(error):
     """
     # O Redis 6 as põe no começo; o 7 e os seguintes, no fim.
     words = re.sub(r"^(ERR )?Error running script \(call to \w+\): @user_script: ?\d+: ", "", str(error))
+    # Um comando desligado traz os argumentos: a senha, no AUTH; o pedido do cliente, no SET.
+    words = re.sub(r"(?s),? with args beginning with:.*", "", words)
     return re.sub(r",? ?script: \w+, on @user_script:\d+\.?$", "", words)
 
 
@@ -1293,9 +1326,13 @@ class redis_link:
             object: int, bytes, list, None ou redis.ResponseError.
         Levanta:
             OSError, redis.ConnectionError: se a conexão falhar.
+            redis.InvalidResponse: se o que chegou não é do protocolo.
         """
         while True:
-            reply, end = parse_reply(self.buffer, self.position)
+            try:
+                reply, end = parse_reply(self.buffer, self.position)
+            except (ValueError, RecursionError):
+                raise redis.InvalidResponse("resposta fora do protocolo") from None
             if end > 0:
                 self.position = end
                 return reply
@@ -1521,7 +1558,7 @@ def request_target(environ):
     target = environ.get("ndjson.target") or environ["REQUEST_URI"]
     if not target.startswith("/") and "://" in target:
         # Forma absoluta (RFC 9112, 3.2.2), enviada por quem fala com um proxy.
-        target = "/" + target.partition("://")[2].partition("/")[2]
+        target = re.sub(r"^[^/?#]*/?", "/", target.partition("://")[2])
     try:
         target = target.encode("latin-1").decode("utf-8")
     except UnicodeError:
@@ -1632,8 +1669,8 @@ types_size = 3
 # Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
 answer_timeout = 5.0
 # Tempos do coletor, em segundos: tolerância para um aviso já a caminho, sinal de
-# vida quando nada acontece, novas tentativas dos avisos, exame dos clientes que só
-# podem ser examinados por consulta, e informe ao systemd (WatchdogSec é 30).
+# vida quando nada acontece, novas tentativas dos avisos, e informe ao systemd
+# (WatchdogSec é 30).
 wake_grace = 0.005
 # Com os avisos ligados, um PING na conexão deles prova que nenhum se perdeu: vai
 # probe_grace antes de vencer INTERVAL e, respondido, dispensa a contagem de todos.
@@ -1643,7 +1680,6 @@ wake_patience = 0.1
 wake_retry = 1.0
 # Espera, em segundos, para pedir de novo que se apaguem as chaves que o Redis recusou apagar.
 removal_retry = 2.0
-gone_check = 0.5
 status_interval = 5.0
 # Procura por listas órfãs: tempo entre duas voltas e entre dois passos de uma volta,
 # em segundos, e chaves olhadas em um passo, que seguram o Redis por menos de 1 ms.
@@ -1716,9 +1752,10 @@ class collector(threading.Thread):
     def __init__(self):
         """Constrói o coletor sem abrir conexões (veja open_main)."""
         super().__init__(name="coletor", daemon=True)
-        pool = redis_pool()
-        self.main = redis_link(pool, program)
-        self.wake = redis_link(pool, f"{program}-wake")
+        self.pool = redis_pool()
+        self.main = redis_link(self.pool, program)
+        self.wake = redis_link(self.pool, f"{program}-wake")
+        self.opening = None
         self.inbox = collections.deque()
         self.alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.poller = select.epoll()
@@ -1727,7 +1764,6 @@ class collector(threading.Thread):
         self.order = itertools.count()
         self.names = {}
         self.clients = {}
-        self.watched = {}
         self.pings, self.submissions, self.removals, self.refused = [], [], [], []
         self.hungry, self.waiting = {}, {}
         self.paused = []
@@ -1738,7 +1774,7 @@ class collector(threading.Thread):
         self.wake_error = None
         self.is_down = self.wake_lost = self.wake_told = self.wake_refused = self.scripts_refused = False
         self.failures = self.cuts = self.returns = self.wake_cuts = 0
-        self.retry_at = self.wake_retry_at = self.census_at = self.gone_at = 0.0
+        self.retry_at = self.wake_retry_at = self.census_at = 0.0
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
         self.recount_at = self.stop_at = self.probe_at = self.refused_at = math.inf
         self.probed_at = 0.0
@@ -1841,8 +1877,6 @@ class collector(threading.Thread):
             descriptor = stream.socket.fileno()
             self.clients[descriptor] = stream
             self.poller.register(descriptor, select.EPOLLRDHUP)
-        elif stream.gone is not None:
-            self.watched[stream] = stream.gone
 
     def accept_ask(self, stream, due):
         """Anota que um stream quer linhas a partir de um instante.
@@ -1865,7 +1899,6 @@ class collector(threading.Thread):
         stream.ended = True
         self.hungry.pop(stream, None)
         self.waiting.pop(stream, None)
-        self.watched.pop(stream, None)
         self.renewals.pop(stream, None)
         self.names.pop(stream.key, None)
         self.names.pop(stream.list, None)
@@ -1953,8 +1986,6 @@ class collector(threading.Thread):
             float: instante do relógio monotônico, em segundos.
         """
         moments = [self.stop_at, self.status_at]
-        if self.watched:
-            moments.append(self.gone_at)
         if not self.main.is_open:
             return min(*moments, self.retry_at)
         if any((self.hungry, self.removals, self.suspects, self.strangers, self.orphans, self.queued, self.expired)):
@@ -1986,21 +2017,13 @@ class collector(threading.Thread):
             stream = heapq.heappop(self.paused)[2]
             if not stream.ended:
                 self.hungry[stream] = None
-        if self.watched and now >= self.gone_at:
-            self.gone_at = now + gone_check
-            for stream in [stream for stream, gone in self.watched.items() if gone()]:
-                del self.watched[stream]
-                stream.answers.put(ended_client)
         if self.wake_lost and self.main.is_open and now >= self.wake_retry_at:
             if self.wake_error:
                 log.warning(
-                    "REDIS_WAKE: a conexão dos avisos caiu (%s); fica só a consulta periódica", self.wake_error
+                    "REDIS_WAKE: a conexão dos avisos caiu (%s); fica só a consulta periódica", reason(self.wake_error)
                 )
                 self.wake_error, self.wake_told = None, True
-            try:
-                self.open_wake()
-            except (redis.RedisError, OSError) as error:
-                self.lose_main(error)
+            self.open_wake()
         if now >= self.refused_at:
             self.removals += self.refused
             self.refused, self.refused_at = [], math.inf
@@ -2068,16 +2091,17 @@ class collector(threading.Thread):
                 raise pong
             if is_unable(trial):
                 raise trial
+            # Quem pode carregar um script pode não poder rodá-lo.
+            refusal = first_error(digests) or first_error(self.main.call([("EVALSHA", digests[1], 0)]))
         except redis.RedisError:
             self.main.close()
             raise
-        refusal = first_error(digests)
         self.scripts = None if refusal else digests
         self.take_head = pack_words("EVALSHA", digests[0], 3) if self.scripts else b""
         if refusal and not self.scripts_refused:
             log.warning(
                 "o Redis não aceita scripts (%s): as linhas são tiradas com LPOP simples, e uma queda "
-                "da conexão pode perder a que estava a caminho", refusal,
+                "da conexão pode perder a que estava a caminho", reason(refusal),
             )
         self.scripts_refused = refusal is not None
         self.main_fd = self.main.fileno()
@@ -2088,27 +2112,50 @@ class collector(threading.Thread):
             self.open_wake()
 
     def open_wake(self):
-        """Abre a conexão dos avisos e pede ao Redis as chaves que mudarem.
+        """Manda abrir a conexão dos avisos em outra thread.
 
-        Levanta:
-            redis.RedisError: se a conexão principal cair.
+        Se o Redis não responde a uma conexão nova, esperar aqui pararia os streams,
+        que a principal ainda atende.
         """
-        prefixes = {REDIS_PREFIX, REDIS_LIST_PREFIX}
-        # O Redis recusa prefixos que se sobrepõem; o mais curto abrange o outro.
-        prefixes = [p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)]
-        options = [word for prefix in prefixes for word in ("PREFIX", prefix)]
+        self.opening, self.wake_retry_at = redis_link(self.pool, f"{program}-wake"), math.inf
         try:
-            self.wake.open()
-            replies = self.wake.call([("CLIENT", "ID"), ("SUBSCRIBE", wake_channel)])
+            threading.Thread(target=self.connect_wake, args=(self.opening,), name="avisos", daemon=True).start()
+        except RuntimeError as error:
+            self.accept_wake(self.opening, error)
+
+    def connect_wake(self, link):
+        """Abre a conexão dos avisos, em uma thread própria, e a entrega ao coletor.
+
+        Argumentos:
+            link (redis_link): conexão ainda fechada.
+        """
+        try:
+            link.open()
+            replies = link.call([("CLIENT", "ID"), ("SUBSCRIBE", wake_channel)])
         except (redis.RedisError, OSError) as error:
-            self.lose_wake(error)
+            replies = error
+        self.post(self.accept_wake, link, replies)
+
+    def accept_wake(self, link, replies):
+        """Recebe a conexão dos avisos e pede ao Redis as chaves que mudarem.
+
+        Argumentos:
+            link (redis_link): conexão aberta por connect_wake.
+            replies (list | Exception): respostas dela, ou por que não abriu.
+        """
+        if link is not self.opening:
+            # A principal caiu nesse meio-tempo, e com ela o pedido.
+            link.close()
             return
-        if not first_error(replies):
-            replies += self.main.call([
-                ("CLIENT", "TRACKING", "OFF"),
-                ("CLIENT", "TRACKING", "ON", "REDIRECT", replies[0], "BCAST", *options, "NOLOOP"),
-            ])
-        refusal = first_error(replies)
+        self.opening, self.wake = None, link
+        if isinstance(replies, Exception):
+            self.lose_wake(replies)
+            return
+        try:
+            refusal = first_error(replies) or first_error(self.main.call(tracking_commands(replies[0])))
+        except (redis.RedisError, OSError) as error:
+            self.lose_main(error)
+            return
         if refusal and "redirect" in str(refusal):
             # A conexão dos avisos caiu antes de ser pedida: não é uma recusa.
             self.lose_wake(refusal)
@@ -2116,17 +2163,27 @@ class collector(threading.Thread):
         if refusal:
             self.wake.close()
             if not self.wake_refused:
-                log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", refusal)
+                log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", reason(refusal))
             self.wake_refused, self.wake_lost = True, False
             return
+        self.use_wake(replies[0])
+
+    def use_wake(self, number):
+        """Passa a ouvir os avisos; o que mudou antes deles é procurado agora.
+
+        Argumentos:
+            number (int): CLIENT ID da conexão dos avisos.
+        """
         self.wake.socket.setblocking(False)
-        self.wake_id, self.unheard = replies[0], 0
+        self.wake_id, self.unheard = number, 0
         self.wake_fd = self.wake.fileno()
         self.poller.register(self.wake_fd, select.EPOLLIN | select.EPOLLRDHUP)
         if self.wake_told or self.wake_refused:
             log.info("REDIS_WAKE: avisos do Redis restabelecidos")
         self.wake_lost = self.wake_told = self.wake_refused = False
-        self.census_at = 0.0
+        # A contagem não bastaria: não percebe uma tarefa trocada por uma lista.
+        self.suspects = list(self.waiting)
+        self.schedule_census(time.monotonic())
 
     def wake_works(self):
         """Diz se os avisos estão em uso.
@@ -2160,15 +2217,15 @@ class collector(threading.Thread):
         """
         self.main.close()
         self.wake.close()
-        self.main_fd = self.wake_fd = -1
+        self.opening, self.main_fd, self.wake_fd = None, -1, -1
         self.wake_lost = False
         if not self.is_down:
             self.cuts += 1
-            log.warning("Redis fora do ar: %s", error)
+            log.warning("Redis fora do ar: %s", reason(error))
             self.hurry_status()
         elif isinstance(error, redis_refusals) and str(error) != self.refusal:
             # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
-            log.warning("Redis ainda fora do ar: %s", error)
+            log.warning("Redis ainda fora do ar: %s", reason(error))
         self.is_down, self.refusal = True, str(error)
         self.retry_at = time.monotonic() + min(1.0, 0.05 * 2 ** min(self.failures, 6)) * (self.failures > 0)
         self.failures += 1
@@ -2436,14 +2493,17 @@ class collector(threading.Thread):
         for stream in streams:
             del self.renewals[stream]
             self.renewals[stream] = now + REDIS_TTL / 3
-        commands = [("EXPIRE", key, REDIS_TTL) for s in streams for key in (s.key, s.list, s.taken)]
-        return [batch_entry(commands, self.on_renewal, None)]
+        # Quem espera tem a lista vazia, e uma lista vazia não existe; a chave das linhas
+        # tiradas só serve à retirada que a gravou, com uma validade inteira.
+        keys = [key for each in streams for key in ((each.key,) if each in self.waiting else (each.key, each.list))]
+        return [batch_entry([("EXPIRE", key, REDIS_TTL) for key in keys], self.on_renewal, None)]
 
     def build_orphans(self, now):
         """Monta um passo da procura por listas órfãs.
 
         Um worker que empurra depois do fim da tarefa, ou depois de o proxy ser morto,
-        recria a lista sem validade, e ela ficaria no Redis para sempre.
+        recria a lista sem validade, e ela ficaria no Redis para sempre; também a que
+        ele pôs no lugar da tarefa, na leitura literal.
 
         Argumentos:
             now (float): instante do relógio monotônico, em segundos.
@@ -2456,13 +2516,13 @@ class collector(threading.Thread):
             batch.append(batch_entry([("EXPIRE", name, REDIS_TTL) for name in orphans], self.on_renewal, None))
         if self.strangers:
             strangers, self.strangers = self.strangers, []
-            start = len(REDIS_LIST_PREFIX.encode())
-            keys = [REDIS_PREFIX.encode() + name[start:] for name in strangers]
-            commands = [each for pair in zip(keys, strangers, strict=True) for each in zip(("EXISTS", "TTL"), pair, strict=True)]
-            batch.append(batch_entry(commands, self.on_strangers, strangers))
+            commands = [each for name, other in strangers for each in (("EXISTS", other), ("TTL", name))]
+            batch.append(batch_entry(commands, self.on_strangers, [name for name, _ in strangers]))
         if now >= self.orphan_at:
             self.orphan_at = math.inf
-            pattern = re.sub(r"([*?\[\]\\])", r"\\\1", REDIS_LIST_PREFIX) + "*"
+            # Uma volta só para as duas formas de lista: o que custa é percorrer o banco.
+            prefix = os.path.commonprefix([REDIS_LIST_PREFIX, REDIS_PREFIX])
+            pattern = re.sub(r"([*?\[\]\\])", r"\\\1", prefix) + "*"
             command = ("SCAN", self.cursor, "MATCH", pattern, "COUNT", orphan_keys, "TYPE", "list")
             batch.append(batch_entry([command], self.on_scan, None))
         return batch
@@ -2548,7 +2608,7 @@ class collector(threading.Thread):
             return False
         error = first_error(replies)
         if error is not None:
-            rare.tell(f"{complaint}: {error}")
+            rare.tell(f"{complaint}: {reason(error)}")
         return error is None
 
     def on_ping(self, subject, replies):
@@ -2570,7 +2630,7 @@ class collector(threading.Thread):
             return
         answer = True if replies[0] == b"PONG" else replies[0]
         if answer is not True:
-            rare.tell(f"o Redis recusou o PING: {answer}")
+            rare.tell(f"o Redis recusou o PING: {reason(answer)}")
         for answers, _ in subject:
             answers.put(answer)
 
@@ -2722,14 +2782,18 @@ class collector(threading.Thread):
         self.cursor, names = replies[0]
         if self.cursor != b"0":
             self.orphan_at += orphan_pause - orphan_interval
-        self.strangers = [name for name in names if name not in self.names]
+        self.strangers = [
+            (name, other) for name, other in zip(names, map(companion, names), strict=True)
+            if other and name not in self.names
+        ]
 
     def on_strangers(self, names, replies):
-        """Anota as listas sem tarefa e sem validade.
+        """Anota as listas sozinhas e sem validade.
 
         Argumentos:
             names (list[bytes]): listas.
-            replies (list | Exception): para cada uma, se a tarefa existe e a validade.
+            replies (list | Exception): para cada uma, se a companheira existe e a
+                validade.
         """
         if not isinstance(replies, Exception):
             self.orphans = [name for i, name in enumerate(names) if replies[2 * i:2 * i + 2] == [0, -1]]
@@ -2781,6 +2845,41 @@ class collector(threading.Thread):
             replies (list | Exception): respostas ou a falha da conexão.
         """
         self.is_good(replies, "o Redis não renovou a validade das chaves")
+
+
+def companion(name):
+    """Dá a outra chave da tarefa de uma lista.
+
+    Argumentos:
+        name (bytes): nome de uma lista.
+    Retorna:
+        bytes: a chave da tarefa; se é dela o nome, pois o worker a trocou por uma
+        lista, o da lista que a tarefa nomeava; b"" se o nome não é dos nossos.
+    """
+    prefixes = [REDIS_LIST_PREFIX.encode(), REDIS_PREFIX.encode()]
+    # Um pode ser o começo do outro.
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        if name.startswith(prefix):
+            return prefixes[prefix == prefixes[0]] + name[len(prefix):]
+    return b""
+
+
+def tracking_commands(number):
+    """Monta o pedido dos avisos.
+
+    Argumentos:
+        number (int): CLIENT ID da conexão que os recebe.
+    Retorna:
+        list[tuple]: comandos para a conexão principal.
+    """
+    prefixes = {REDIS_PREFIX, REDIS_LIST_PREFIX}
+    # O Redis recusa prefixos que se sobrepõem; o mais curto abrange o outro.
+    prefixes = [p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)]
+    options = [word for prefix in prefixes for word in ("PREFIX", prefix)]
+    return [
+        ("CLIENT", "TRACKING", "OFF"),
+        ("CLIENT", "TRACKING", "ON", "REDIRECT", number, "BCAST", *options, "NOLOOP"),
+    ]
 
 
 def submit_commands(stream, payload):
@@ -2903,11 +3002,12 @@ class stream:
         self.sequence = 1
         self.ended = False
         self.answers = queue.SimpleQueue()
-        # O flask (werkzeug) entrega o socket, vigiado pelo epoll; o waitress
-        # entrega uma função que diz se o cliente saiu.
+        # O flask (werkzeug) entrega o socket, vigiado pelo epoll do coletor; no
+        # waitress é a conexão, vigiada pelo laço dele, que diz que o cliente saiu.
         self.socket = environ.get("werkzeug.socket")
         self.descriptor = self.socket.fileno() if self.socket is not None else -1
-        self.gone = environ.get("waitress.client_disconnected")
+        if "ndjson.channel" in environ:
+            environ["ndjson.channel"].watch(self)
         self.name = name
         self.client = client_address(environ)
         self.method = environ["REQUEST_METHOD"]
@@ -2938,7 +3038,7 @@ class stream:
             self.reason = ended_error
             log.error("tarefa=%s falha interna: %s: %s", self.name, type(error).__name__, error)
             log.debug("tarefa=%s falha interna", self.name, exc_info=True)
-            yield self.count(error_line("internal", "falha interna do proxy"), 1)
+            yield self.count(error_line("internal", "falha interna do proxy"), 1, is_ours=True)
         finally:
             self.close()
 
@@ -2955,7 +3055,7 @@ class stream:
             if answer is None:
                 if time.monotonic() >= self.line_deadline():
                     self.reason = ended_timeout
-                    yield self.count(MAXTIME_ERROR + b"\n", 1)
+                    yield self.count(MAXTIME_ERROR + b"\n", 1, is_ours=True)
                     return
                 if time.monotonic() >= self.beat_deadline():
                     yield HEARTBEAT_LINE + b"\n"
@@ -3054,25 +3154,25 @@ class stream:
             if isinstance(answer, task_key_error):
                 message = str(answer)
             log.warning("tarefa=%s %s", self.name, message)
-            yield self.count(error_line("redis_error", message), 1)
+            yield self.count(error_line("redis_error", message), 1, is_ours=True)
             return
         self.reason = answer
         if answer == ended_shutdown:
-            yield self.count(error_line("shutdown"), 1)
+            yield self.count(error_line("shutdown"), 1, is_ours=True)
 
-    def count(self, chunk, lines):
+    def count(self, chunk, lines, is_ours=False):
         """Anota o que vai ser enviado.
 
         Argumentos:
             chunk (bytes): trecho com linhas inteiras.
             lines (int): número de linhas do trecho.
+            is_ours (bool): verdadeiro se não vem do worker: é a linha de um erro.
         Retorna:
             bytes: o mesmo trecho.
         """
         if self.first_line is None:
             self.first_line = time.monotonic()
-            # Sem nenhuma retirada, esta é uma linha de erro nossa.
-            if meter is not None and self.sequence > 1:
+            if meter is not None and not is_ours:
                 meter.note_first_line(self.first_line - self.started)
         self.lines += lines
         self.bytes += len(chunk)
@@ -3161,6 +3261,7 @@ allow_header = ", ".join((*stream_methods, "HEAD", "OPTIONS"))
 line_types = ("application/x-ndjson", "application/json-lines", "application/jsonl")
 read_size = 65536
 retry_later = [("Retry-After", "5")]
+ask_token = [("WWW-Authenticate", "Bearer")]
 
 
 class application(flask.Flask):
@@ -3289,10 +3390,17 @@ def refuse_unauthorized(request):
     Retorna:
         flask.Response: erro 401.
     """
-    text = f"requisição sem um AUTH_TOKEN válido recusada: cliente={client_address(request.environ)}"
-    rare.tell(text, "AUTH_TOKEN")
-    return error_response(401, "unauthorized", "falta um token válido no cabeçalho Authorization: Bearer",
-                          [("WWW-Authenticate", "Bearer")])
+    tell_unauthorized(request.environ)
+    return error_response(401, *error_codes[401], ask_token)
+
+
+def tell_unauthorized(environ):
+    """Registra uma requisição sem um token válido.
+
+    Argumentos:
+        environ (dict): ambiente WSGI.
+    """
+    rare.tell(f"requisição sem um AUTH_TOKEN válido recusada: cliente={client_address(environ)}", "AUTH_TOKEN")
 
 
 def ping_response():
@@ -3366,7 +3474,7 @@ def redis_failure(error):
         flask.Response: 504 se o Redis não atendeu; 500 se ele recusou.
     """
     if isinstance(error, redis.ResponseError) and not is_unable(error):
-        log.warning("o Redis recusou uma tarefa: %s", redis_words(error))
+        rare.tell(f"o Redis recusou uma tarefa: {redis_words(error)}")
         return error_response(500, "redis_error", f"o Redis recusou a tarefa: {redis_words(error)}")
     return error_response(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
 
@@ -3476,6 +3584,7 @@ def add_headers(response):
 
 error_codes = {
     400: ("bad_request", "a requisição não é válida"),
+    401: ("unauthorized", "falta um token válido no cabeçalho Authorization: Bearer"),
     405: ("method_not_allowed", f"método não atendido; use {allow_header}"),
     408: ("request_timeout", "a requisição não chegou inteira a tempo"),
     413: ("body_too_large", "o corpo da requisição passa do limite permitido"),
@@ -3483,6 +3592,7 @@ error_codes = {
     431: ("headers_too_large", "os cabeçalhos da requisição passam do limite permitido"),
     500: ("internal", "falha interna do proxy"),
     501: ("not_implemented", "a requisição usa um recurso que o servidor não atende"),
+    503: ("too_many_streams", "o sistema não tem threads para mais um stream"),
     505: ("version_not_supported", "versão do HTTP não atendida"),
 }
 
@@ -3541,6 +3651,10 @@ def host_error(status, head):
     headers = [("Content-Type", "application/json"), ("X-Author", author), *cors_headers(origin)]
     if status == 405:
         headers.append(("Allow", allow_header))
+    if status == 401:
+        headers += ask_token
+    if status == 503:
+        headers += retry_later
     return error_line(code, message), headers
 
 
@@ -3645,8 +3759,8 @@ def body_error(fields, is_current):
         int: status HTTP da recusa; 0 se tudo está certo.
     """
     hosts, lengths = fields.get(b"host", []), fields.get(b"content-length", [])
-    codings = b",".join(fields.get(b"transfer-encoding", [])).strip(b" \t").lower()
-    if codings not in (b"", b"chunked"):
+    codings = [coding.lower() for coding in fields.get(b"transfer-encoding", [])]
+    if codings not in ([], [b"chunked"]):
         return 501
     if len(hosts) > 1 or (is_current and not hosts) or not all(map(host_form.fullmatch, hosts)):
         return 400
@@ -3984,7 +4098,29 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
             if self.idle >= len(self.accepted):
                 self.ready.notify()
                 return
-        threading.Thread(target=self.work, name="cliente", daemon=True).start()
+        try:
+            threading.Thread(target=self.work, name="cliente", daemon=True).start()
+        except RuntimeError as error:
+            tell_thread_lack(error)
+            self.refuse_starved()
+
+    def refuse_starved(self):
+        """Responde, sem ler a requisição, à conexão para a qual não há thread."""
+        with self.ready:
+            if not self.accepted:
+                # Uma thread que acabou de ficar livre a tomou.
+                return
+            request, _ = self.accepted.pop()
+        body, headers = host_error(503, b"")
+        headers += [("Content-Length", str(len(body))), ("Connection", "close")]
+        rows = "".join(f"{name}: {value}\r\n" for name, value in headers)
+        with contextlib.suppress(OSError):
+            # Fechar com bytes por ler apagaria a resposta a caminho (RST).
+            request.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                request.recv(line_limit + headers_limit)
+            request.send(f"HTTP/1.1 503 Service Unavailable\r\n{rows}\r\n".encode() + body)
+        self.shutdown_request(request)
 
     def work(self):
         """Atende conexões até passar thread_patience segundos sem nenhuma."""
@@ -4056,7 +4192,7 @@ def raise_descriptor_limit():
     if gate.limit < MAX_STREAMS:
         log.warning("MAX_STREAMS é %d, mas o processo só pode abrir %d descritores: são atendidos %d streams",
                     MAX_STREAMS, hard, gate.limit)
-    return hard - own_descriptors
+    return max(1, hard - own_descriptors)
 
 
 def lacks_descriptors(error):
@@ -4072,6 +4208,15 @@ def lacks_descriptors(error):
         return False
     rare.tell("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
     return True
+
+
+def tell_thread_lack(error):
+    """Registra que o sistema não deixa criar mais threads.
+
+    Argumentos:
+        error (RuntimeError): a recusa.
+    """
+    rare.tell(f"faltam threads ({error}): aumente o limite (TasksMax) e a memória, ou diminua MAX_STREAMS")
 
 
 def open_listener(host, port):
@@ -4131,12 +4276,40 @@ class waitress_error(waitress.task.ErrorTask):
     def execute(self):
         """Escreve a resposta de erro."""
         status = self.request.error.code
+        if status == 401:
+            forwarded = self.request.headers.get("X_FORWARDED_FOR", "")
+            tell_unauthorized({"REMOTE_ADDR": self.channel.addr[0], "HTTP_X_FORWARDED_FOR": forwarded})
         body, headers = host_error(status, self.request.head)
         self.status = f"{status} {self.request.error.reason}"
         self.response_headers.extend([*headers, ("Connection", "close")])
         self.close_on_finish = True
         self.content_length = len(body)
         self.write(body)
+
+
+class waitress_task(waitress.task.WSGITask):
+    """Requisição do waitress que conhece a sua conexão."""
+
+    def get_environment(self):
+        """Completa o ambiente WSGI.
+
+        Retorna:
+            dict: ambiente com "ndjson.channel", a conexão.
+        """
+        return super().get_environment() | {"ndjson.channel": self.channel}
+
+    def build_response_header(self):
+        """Monta os cabeçalhos; fecha a conexão de quem foi recusado, e todas se são muitas.
+
+        Guardada, ela ocuparia um descritor que falta a quem ainda espera por resposta.
+
+        Retorna:
+            bytes: linha de status e cabeçalhos.
+        """
+        is_crowded = len(self.channel.server.active_channels) - gate.alive > kept_connections
+        if is_crowded or not self.status.startswith("2"):
+            self.request.headers["CONNECTION"] = "close"
+        return super().build_response_header()
 
 
 class request_refused(waitress.utilities.Error):
@@ -4180,6 +4353,20 @@ class waitress_parser(waitress.parser.HTTPRequestParser):
             self.headers["COOKIE"] = joined_cookies(self.head)
         # Depois do "100 Continue" o waitress esperaria por um corpo que não vem.
         self.expect_continue = self.expect_continue and self.body_rcv is not None
+        if self.body_rcv is not None and not self.is_welcome():
+            self.refusal = 401
+            raise waitress.parser.ParsingError("")
+
+    def is_welcome(self):
+        """Diz se o corpo desta requisição pode ser lido.
+
+        Retorna:
+            bool: falso se ela precisa de um token que não traz: o corpo de quem não
+            pode pedir não ocupa memória.
+        """
+        environ = {"HTTP_AUTHORIZATION": self.headers.get("AUTHORIZATION", ""), "REQUEST_URI": self.request_uri}
+        is_free = self.command == "OPTIONS" or request_target(environ)[0] == "/ping"
+        return is_free or is_authorized(environ)
 
     def received(self, data):
         """Recebe um trecho da requisição.
@@ -4189,16 +4376,24 @@ class waitress_parser(waitress.parser.HTTPRequestParser):
         Retorna:
             int: número de bytes consumidos.
         """
-        is_start = not self.headers_finished and len(self.header_plus) < 3
-        start = self.header_plus + data[:3] if is_start else b""
+        before = self.header_plus
+        is_start = not self.headers_finished and len(before) < 3
+        start = before + data[:3] if is_start else b""
         consumed = super().received(data)
+        if isinstance(self.error, waitress.utilities.RequestHeaderFieldsTooLarge):
+            # Nesse caso o waitress lê, no lugar dos cabeçalhos, uma requisição inventada.
+            self.head = before + data
         if leading_blank.match(start):
             # O waitress tira qualquer espaço do começo; a RFC 9112 (2.2), só um CRLF.
             self.refusal, self.completed = 400, True
         if not self.headers_finished and not self.completed:
             self.refusal = self.unfinished_error(len(data))
             self.completed = self.refusal > 0
-        size = len(self.body_rcv) if self.chunked and self.body_rcv is not None else self.content_length
+        is_chunked = self.chunked and self.body_rcv is not None
+        if is_chunked and len(self.body_rcv.control_line) + len(self.body_rcv.trailer) > line_limit:
+            # O waitress juntaria, um trecho por vez, uma linha ou um rodapé sem fim.
+            self.refusal, self.completed = 400, True
+        size = len(self.body_rcv) if is_chunked else self.content_length
         if self.error is None and size > MAX_BODY:
             self.refusal, self.completed = 413, True
         if self.refusal:
@@ -4232,7 +4427,9 @@ class waitress_channel(waitress.channel.HTTPChannel):
     """
 
     parser_class = waitress_parser
+    task_class = waitress_task
     error_task_class = waitress_error
+    watcher = None
 
     def __init__(self, server, *args, **options):
         """Começa a contar o prazo da requisição.
@@ -4262,6 +4459,7 @@ class waitress_channel(waitress.channel.HTTPChannel):
         descriptor = self._fileno
         self.is_refused = self.requests[0].error is not None
         super().service()
+        self.watcher = None
         self.poller.touched.append(descriptor)
         self.server.pull_trigger()
 
@@ -4307,11 +4505,9 @@ class waitress_channel(waitress.channel.HTTPChannel):
         self.moved_at = time.monotonic()
         if self.discard_at is not None:
             return False
-        if self.request is None and not self.requests:
-            self.began_at = self.began_at or self.moved_at
         accepted = super().received(data)
-        if self.request is None:
-            self.began_at = None
+        # Uma requisição pode começar enquanto outra, da mesma conexão, é atendida.
+        self.began_at = None if self.request is None else self.began_at or self.moved_at
         return accepted
 
     def expire(self, now):
@@ -4332,6 +4528,16 @@ class waitress_channel(waitress.channel.HTTPChannel):
             # fecha quem está pronto, esperaria para sempre.
             self.handle_close()
 
+    def watch(self, stream):
+        """Anota o stream que precisa saber que o cliente saiu.
+
+        Argumentos:
+            stream (stream): stream da requisição atendida.
+        """
+        self.watcher = stream
+        if not self.connected:
+            stream.answers.put(ended_client)
+
     def handle_close(self):
         """Fecha a conexão; a recusada, só depois de descartar o que o cliente envia.
 
@@ -4344,14 +4550,24 @@ class waitress_channel(waitress.channel.HTTPChannel):
                 self.will_close = self.close_when_flushed = False
                 return
         super().handle_close()
+        # Nesta ordem: watch anota e só depois olha se a conexão já fechou.
+        watcher = self.watcher
+        if watcher is not None:
+            watcher.answers.put(ended_client)
 
     def refuse(self):
         """Responde que a requisição não chegou a tempo."""
         with self.requests_lock:
-            self.request, late = None, self.parser_class(self.adj)
+            late, self.request = self.request or self.parser_class(self.adj), None
+            late.head = late.head or late.header_plus
             late.error = request_refused(408)
             self.requests.append(late)
             self.server.add_task(self)
+
+    def refuse_starved(self):
+        """Responde, na thread do laço, à requisição para a qual não há thread."""
+        self.requests[0].error = request_refused(503)
+        self.service()
 
 
 class waitress_poller:
@@ -4367,6 +4583,8 @@ class waitress_poller:
         self.known = {}
         # Descritores cuja espera pode ter mudado por obra de outra thread.
         self.touched = collections.deque()
+        # Conexões com uma requisição completa para a qual não há thread.
+        self.starved = collections.deque()
 
     def loop(self, timeout, map, use_poll):
         """Atende as conexões até não restar nenhuma.
@@ -4391,6 +4609,8 @@ class waitress_poller:
                 sweep_at = now + sweep_interval
                 for channel in [each for each in map.values() if isinstance(each, waitress_channel)]:
                     channel.expire(now)
+            while self.starved:
+                self.starved.popleft().refuse_starved()
             while self.touched:
                 changed.add(self.touched.popleft())
 
@@ -4435,8 +4655,30 @@ class waitress_dispatcher(waitress.task.ThreadedTaskDispatcher):
         with self.lock:
             free = len(self.threads) - self.stop_count - self.active_count - len(self.queue)
         if free <= 0 and len(self.threads) < MAX_STREAMS + spare_threads:
-            self.set_thread_count(len(self.threads) + 1)
+            try:
+                self.set_thread_count(len(self.threads) + 1)
+            except RuntimeError as error:
+                tell_thread_lack(error)
+                # A trava da conexão está na mão de quem chama: a resposta fica para o laço.
+                task.poller.starved.append(task)
+                task.server.pull_trigger()
+                return
         super().add_task(task)
+
+    def start_new_thread(self, target, thread_no):
+        """Cria uma thread.
+
+        Argumentos:
+            target (callable): função da thread.
+            thread_no (int): número da thread, que o waitress já contou.
+        Levanta:
+            RuntimeError: se o sistema não deixa criar mais uma.
+        """
+        try:
+            super().start_new_thread(target, thread_no)
+        except RuntimeError:
+            self.threads.discard(thread_no)
+            raise
 
     def handler_thread(self, thread_no):
         """Atende conexões; além de spare_threads, só enquanto há o que atender.
@@ -4471,6 +4713,8 @@ class waitress_dispatcher(waitress.task.ThreadedTaskDispatcher):
 # Threads e conexões do waitress além de MAX_STREAMS: respondem 503 e /ping.
 spare_threads = 16
 spare_connections = 1024
+# Conexões sem stream a partir das quais nenhuma é guardada para outra requisição.
+kept_connections = 32
 
 
 def pausing_accept(server):
@@ -4524,6 +4768,9 @@ def serve_waitress(listener):
         # de descritores faria o laço do waitress girar à toa.
         connection_limit=min(MAX_STREAMS + spare_connections, raise_descriptor_limit()), asyncore_use_poll=True,
         channel_request_lookahead=1, outbuf_high_watermark=high_watermark,
+        # O corpo fica na memória, como no servidor do Flask: um arquivo provisório
+        # custaria um descritor a mais por conexão, e o disco pode estar cheio.
+        inbuf_overflow=MAX_BODY + 1,
         # O limite é conferido por waitress_parser: este contaria também as
         # marcas dos chunks.
         max_request_header_size=line_limit + 2 * headers_limit, max_request_body_size=sys.maxsize, clear_untrusted_proxy_headers=False,
@@ -4582,10 +4829,7 @@ command_limits = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 # Tempo máximo, em segundos, de quem pede as métricas e não fala.
 metrics_timeout = 10
 # Erros que não estão em error_codes.
-refusal_codes = (
-    (401, "unauthorized"), (405, "method_not_allowed"), (500, "redis_error"), (503, "shutdown"),
-    (503, "too_many_streams"), (504, "redis_unavailable"),
-)
+refusal_codes = ((500, "redis_error"), (503, "shutdown"), (504, "redis_unavailable"))
 
 
 class histogram:
@@ -5012,8 +5256,9 @@ def redis_problem(error, given):
     if isinstance(error, redis.ResponseError) and "DB index" in words:
         return 2, (f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: "
                    f"o Redis não tem esse database ({words})")
-    if isinstance(error, redis.AuthenticationError) or words.startswith("NOAUTH"):
-        return 1, f"REDIS_PASSWORD: o Redis em {shown} recusou a senha ({given['REDIS_PASSWORD'].layer}): {words}"
+    if isinstance(error, redis.AuthenticationError) or words.startswith(("NOAUTH", "WRONGPASS")):
+        name = "REDIS_SERVER" if has_password(given["REDIS_SERVER"].text) else "REDIS_PASSWORD"
+        return 1, f"{name}: o Redis em {shown} recusou a senha ({given[name].layer}): {words}"
     # Uma recusa é uma resposta: o endereço está certo, e o Redis, no ar.
     is_refusal = isinstance(error, redis.ResponseError | redis.BusyLoadingError) or "max number of clients" in words
     verb = "recusou a conexão" if is_refusal else "não atende"
@@ -5206,6 +5451,8 @@ def main(argv):
         int: status de saída: 0 parada limpa, 1 Redis, porta ou saída, 2 configuração.
     """
     configure_logging("info")
+    # Até o serviço começar, um Ctrl-C encerra como os outros sinais, sem traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         actions, given, warnings = load_settings(argv, os.environ)
         if "help" in actions:

@@ -476,6 +476,7 @@ def test_alerts(exported):
     assert len(rules) >= 10
     assert len({rule["alert"] for rule in rules}) == len(rules)
     module = harness.load_program()
+    refused = {code for _, code in module.refusal_codes} | {code for code, _ in module.error_codes.values()}
     for rule in rules:
         assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
         found = set(metric_name.findall(rule["expr"]))
@@ -485,7 +486,7 @@ def test_alerts(exported):
         assert rule["labels"]["severity"] in ("critical", "warning")
         assert rule["annotations"]["summary"].endswith(".")
         for name, reason in re.findall(r'(\w+)\{reason="(\w+)"', rule["expr"]):
-            known = {code for _, code in module.refusal_codes} if "refused" in name else set(module.end_reasons)
+            known = refused if "refused" in name else set(module.end_reasons)
             assert reason in known, rule["alert"]
 
 

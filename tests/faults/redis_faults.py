@@ -560,20 +560,22 @@ def pace(interval):
     return lambda _: time.sleep(interval)
 
 
-def follow(relay, longest=0.25):
+def follow(relay, longest=None):
     """Faz um hold de feeder que segue os cortes: a fração das linhas empurradas acompanha a dos cortes feitos.
 
     Argumentos:
         relay: a fault_relay.
-        longest: espera máxima por rodada, em segundos, para que sempre haja o que cortar.
+        longest: espera máxima por rodada, em segundos, para que sempre haja o que cortar; None, a da forma da prova.
 
     Retorno:
         A função.
     """
 
+    longest = longest or pick(0.25, 1.0)
+
     def hold(fraction):
         """Espera os cortes; todos, depois da última linha. Argumentos: fraction, a fração das linhas já empurrada."""
-        deadline = time.monotonic() + (longest if fraction < 1 else 20)
+        deadline = time.monotonic() + (longest if fraction < 1 else pick(20, 300))
         wanted = relay.goal * (1 if fraction == 1 else fraction - 0.02)
         while relay.cuts < wanted and time.monotonic() < deadline:
             time.sleep(0.002)

@@ -516,7 +516,7 @@ def test_loading_after_a_restart(start_redis, start_proxy, host, connect, start_
     """O Redis que reinicia e demora a carregar: 504 e /ping 500 em meio a isso, o motivo no log; os streams seguem."""
     server = start_redis("loading-process-events-interval-bytes 1024")
     with contextlib.closing(server.new_client(5)) as client:
-        fill(client, 12000)
+        fill(client, redis_faults.pick(12000, 60000))
     proxy = start_proxy(redis=server)
     pairs = redis_faults.open_many(connect, proxy, start_worker(server.client()), count)
     server.client().save()
@@ -552,7 +552,7 @@ def test_loading_with_the_connection_alive(start_redis, start_proxy, host, conne
     """O Redis que recarrega os dados sem cair (como uma réplica que se sincroniza): o mesmo, e com uma linha de log."""
     server = start_redis("enable-debug-command yes", "loading-process-events-interval-bytes 1024")
     with contextlib.closing(server.new_client(5)) as client:
-        fill(client, 12000)
+        fill(client, redis_faults.pick(12000, 60000))
     proxy = start_proxy("-i", 50, redis=server)
     pairs = redis_faults.open_many(connect, proxy, start_worker(server.client()), count)
     before = len(proxy.log().splitlines())

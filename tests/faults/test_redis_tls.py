@@ -189,9 +189,10 @@ def test_exactly_once_across_cuts_of_tls(start_tls, certificates, start_proxy, h
     server = start_tls()
     relay = redis_faults.fault_relay(server.tls_port)
     with redis_faults.closing_thread(relay):
-        proxy = start_proxy("-P", 1, redis=server, env=tls_url(certificates, relay.port))
+        proxy = start_proxy("-P", 1, "-t", 600000, redis=server, env=tls_url(certificates, relay.port))
         pairs = redis_faults.open_many(connect, proxy, start_worker(server.client()), streams)
-        relay.begin(cuts)
+        # Um aperto de mão numa máquina ocupada leva mais que a idade padrão, e nenhuma linha passaria.
+        relay.begin(cuts, age=0.5)
         patience = redis_faults.pick(90, 1500)
         text = redis_faults.deliver_across_cuts(proxy, server, relay, pairs, total // streams, patience)
         redis_faults.tell(f"TLS: {text}")
