@@ -212,7 +212,8 @@ class relay(threading.Thread):
     """Intermediário de TCP entre o proxy e o Redis que sabe perder o que passa por ele.
 
     cut derruba a conexão num pedido dado, antes de ele chegar ao Redis ou depois de rodar, com a resposta perdida: o
-    pior momento para uma queda. drop engole as respostas que contêm um trecho, sem derrubar nada.
+    pior momento para uma queda. drop engole as respostas que contêm um trecho, sem derrubar nada. mute emudece a conexão
+    que fizer um pedido dado. spoil troca uma resposta por outra coisa.
     """
 
     def __init__(self, port):
@@ -230,8 +231,8 @@ class relay(threading.Thread):
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(self.bell, selectors.EVENT_READ)
         self.needle, self.left, self.ran, self.cuts = b"", 0, True, 0
-        self.dropped = ()
-        self.doomed = set()
+        self.dropped, self.muting, self.junk = (), b"", b""
+        self.doomed, self.muted = set(), set()
         self.start()
 
     @property
@@ -256,6 +257,22 @@ class relay(threading.Thread):
             needle: bytes procurados na resposta.
         """
         self.dropped += (needle,)
+
+    def mute(self, needle):
+        """Emudece, dos dois lados e sem a derrubar, toda conexão que daqui em diante fizer um pedido dado.
+
+        Argumentos:
+            needle: bytes procurados no pedido; b"" deixa as próximas passarem.
+        """
+        self.muting = needle
+
+    def spoil(self, junk):
+        """Troca a próxima resposta.
+
+        Argumentos:
+            junk: bytes que o proxy recebe no lugar dela.
+        """
+        self.junk = junk
 
     def run(self):
         """Repassa até close."""
@@ -292,6 +309,12 @@ class relay(threading.Thread):
         data = b""
         with contextlib.suppress(OSError):
             data = sock.recv(1 << 20)
+        if is_request and self.muting and self.muting in data:
+            self.muted |= {sock, other}
+        if data and sock in self.muted:
+            return
+        if self.junk and data and not is_request:
+            data, self.junk = self.junk, b""
         if is_request and self.left and self.needle in data:
             self.left -= 1
             self.cuts += 1
@@ -305,6 +328,7 @@ class relay(threading.Thread):
             other.sendall(data)
         if not data:
             self.doomed -= {sock, other}
+            self.muted -= {sock, other}
             for each in (sock, other):
                 self.selector.unregister(each)
                 each.close()

@@ -78,6 +78,9 @@ def push_into_silence(response, task, count, longest):
         task: a tarefa.
         count: quantas linhas.
         longest: demora máxima prometida, em segundos; vale com as folgas, para a mediana (de três ou mais) e para todas.
+
+    Retorno:
+        Lista das demoras, em segundos, da menor à maior.
     """
     delays = []
     for number in range(count):
@@ -89,6 +92,7 @@ def push_into_silence(response, task, count, longest):
     delays.sort()
     assert delays[-1] < longest + slack, delays
     assert count < 3 or delays[count // 2] < longest + median_slack, delays
+    return delays
 
 
 def test_polling_without_wake(start_redis, start_proxy, host, connect, start_worker):
@@ -597,6 +601,84 @@ def test_stalled_wake_connection(start_redis, start_relay, start_proxy, host, co
     task.gone()
 
 
+def test_wake_connection_that_never_opens(start_redis, start_relay, start_proxy, host, connect, start_worker):
+    """Os avisos caem, e o Redis não responde a uma conexão nova: as linhas vêm dentro de INTERVAL, sem esperar por ela."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    proxy = start_proxy("-i", 200, env={"REDIS_SERVER": relay.address}, redis=server)
+    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+    push_into_silence(response, task, 3, 0.1)
+    relay.mute(b"py-ndjson-proxy-wake")
+    kill_connection(server, "py-ndjson-proxy-wake")
+    proxy.wait_log(support.polling_only)
+    # Cada tentativa dura dois segundos, e estas linhas passam por várias; esperar por elas atrasaria uma em dez.
+    delays = push_into_silence(response, task, 60, 0.2)
+    assert len([delay for delay in delays if delay > 1]) <= 2, delays
+    relay.mute(b"")
+    proxy.wait_log("avisos do Redis restabelecidos", 10)
+    push_into_silence(response, task, 3, 0.1)
+    task.finish()
+    assert response.lines() == []
+    assert "fora do ar" not in proxy.log()
+
+
+@pytest.mark.parametrize("lost", ["py-ndjson-proxy", "py-ndjson-proxy-wake", "as duas"])
+def test_task_replaced_while_a_connection_is_away(start_redis, start_proxy, host, connect, start_worker, lost):
+    """A leitura literal feita enquanto uma conexão caía: as linhas são achadas quando ela volta, e não em rodízio."""
+    server = start_redis()
+    proxy = start_proxy("-i", 60000, redis=server)
+    worker = start_worker(server.client())
+    pairs = support.open_streams(connect, proxy, worker, 40)
+    harness.eventually(lambda: server.clients_named("py-ndjson-proxy-wake"), 5, "conexão dos avisos")
+    proxy.freeze()
+    for name in [lost] if lost != "as duas" else ["py-ndjson-proxy", "py-ndjson-proxy-wake"]:
+        kill_connection(server, name)
+    for _, task in pairs:
+        task.replace("a", "b")
+    proxy.thaw()
+    for response, _ in pairs:
+        assert response.lines() == [b"a", b"b"]
+
+
+@pytest.mark.parametrize("junk", [b"$abc\r\n", b":x\r\n", b"*zz\r\n", b"*1\r\n" * 3000, b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_reply_outside_the_protocol(start_redis, start_relay, start_proxy, host, fetch, connect, start_worker, junk):
+    """O Redis responde o que não é do protocolo: o proxy reabre a conexão, e nenhum stream é esquecido."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    proxy = start_proxy("--wake", "off", "-i", 100, env={"REDIS_SERVER": relay.address}, redis=server)
+    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+    push_into_silence(response, task, 3, 0.1)
+    relay.spoil(junk)
+    proxy.wait_log("Redis de volta")
+    push_into_silence(response, task, 3, 0.1)
+    assert fetch(proxy, "GET", "/ping").status == 200
+    task.finish()
+    assert response.lines() == []
+    assert "falha interna" not in proxy.log()
+
+
+def test_script_that_loads_but_may_not_run(start_redis, start_proxy, host, connect, start_worker):
+    """Uma ACL aceita SCRIPT LOAD e nega EVALSHA: vale o LPOP simples, e o log avisa uma vez."""
+    server = start_redis()
+    proxy = start_proxy("-i", 100, redis=server, env=support.limited_user(server, "-evalsha"))
+    proxy.wait_log("tiradas com LPOP simples")
+    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+    task.finish(*numbered(20))
+    assert response.lines() == numbered(20)
+    assert len([line for line in proxy.log().splitlines() if "script" in line]) == 1, proxy.log()
+
+
+def test_disabled_command_tells_no_password(start_redis):
+    """Um Redis sem o comando AUTH repete os argumentos dele no erro: a senha não vai ao log nem ao --check."""
+    server = start_redis('rename-command AUTH ""')
+    for flags in ((), ("--check",)):
+        env = {"REDIS_SERVER": server.address, "REDIS_PASSWORD": "s3gr3d0", "ENV_FILE": "/dev/null", "HTTP_PORT": "0"}
+        done = harness.run_proxy(*flags, env=env)
+        assert done.status == 1, done
+        assert "unknown command" in done.out + done.err
+        assert "s3gr3d0" not in done.out + done.err
+
+
 def test_wake_proof_denied(start_redis, start_proxy, host, connect, start_worker):
     """Uma ACL nega CLIENT GETREDIR: sem a prova, conta-se todos a cada INTERVAL, e as linhas continuam a vir na hora."""
     server = start_redis()
@@ -655,6 +737,31 @@ def test_ended_streams_leave_no_renewal(start_redis, start_proxy, host, connect,
     serve(600)
     grown = client_memory(proxy.pid) - before
     assert grown < 600, f"{grown} kB a mais depois de 600 tarefas"
+
+
+def test_silent_stream_renews_one_key(start_redis, start_proxy, host, connect, start_worker):
+    """A renovação da validade de quem espera custa um EXPIRE: as outras chaves da tarefa não existem."""
+    server = start_redis()
+    proxy = start_proxy("--ttl", 12, redis=server)
+    pairs = support.open_streams(connect, proxy, start_worker(server.client()), 20)
+    before = server.calls("expire")
+    harness.eventually(lambda: server.calls("expire") >= before + 20, 10, "renovação")
+    assert server.calls("expire") == before + 20
+    assert all(task.client.ttl(task.key) > 8 for _, task in pairs)
+    for response, task in pairs:
+        task.finish()
+        assert response.lines() == []
+
+
+def test_list_of_a_slow_stream_is_renewed(start_redis, start_proxy, host, connect, start_worker):
+    """Linhas que esperam pela vez por mais que REDIS_TTL não vencem: a lista de quem não espera é renovada."""
+    server = start_redis()
+    proxy = start_proxy("-P", 2000, "--ttl", 3, redis=server)
+    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+    task.push("a", "b", "c", "d")
+    task.client.expire(task.list, 3)
+    task.delete()
+    assert response.lines(20) == [b"a", b"b", b"c", b"d"]
 
 
 def client_memory(pid):

@@ -133,6 +133,21 @@ def test_orphans_found_at_start(start_redis, start_proxy, host, name, count):
     client.delete(*names)
 
 
+@pytest.mark.parametrize("count", [orphans], ids=[f"{orphans}_listas"])
+def test_orphans_of_the_literal_reading(start_redis, start_proxy, host, count):
+    """A lista que um worker pôs no lugar da tarefa, cujo proxy morreu ou cujo cliente saiu, também ganha validade."""
+    server = start_redis()
+    client = server.client()
+    names = make_orphans(client, harness.default_prefix, count)
+    others = [harness.default_prefix[:-1] + "-alheia", "alheia"]
+    for name in others:
+        client.rpush(name, "x")
+    start_proxy("--ttl", 30, redis=server)
+    harness.eventually(lambda: all_expiring(client, names, 30), first_pass, "validade de todas")
+    assert lifetimes(client, others) == [-1, -1]
+    client.delete(*names, *others)
+
+
 @pytest.mark.parametrize("count", [orphans], ids=[f"{orphans}_streams"])
 def test_worker_that_keeps_pushing(start_redis, start_proxy, connect, start_worker, count):
     """O cliente sai e o worker continua; um stream acaba por palavra de fim e o worker continua; uma tarefa vence, e ele

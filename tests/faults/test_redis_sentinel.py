@@ -442,6 +442,9 @@ def test_refusals(start_cluster, start_proxy):
         "sentinel://127.0.0.1:26379": (2,),
         "sentinel:///mymaster/1": (2,),
         "sentinel://127.0.0.1:x/mymaster/1": (2,),
+        "sentinel://127.0.0.1:99999/mymaster/1": (2,),
+        "sentinel://[::::]:26379/mymaster/1": (2,),
+        "sentinel://127.0.0.1:26379/mymaster/99999999999999999999": (2,),
         "sentinel://127.0.0.1:26379/mymaster/um": (2,),
     }.items():
         done = harness.run_proxy(env={**known, "REDIS_SERVER": address})
