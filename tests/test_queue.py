@@ -1,5 +1,6 @@
 """REDIS_QUEUE: nenhuma tarefa se perde por falta de quem ouça, cada uma vai a um só worker, e a fila não cresce."""
 
+import os
 import pathlib
 import re
 import signal
@@ -15,10 +16,13 @@ import support
 queue = "ndjson_fila"
 on = {"REDIS_QUEUE": queue}
 examples = harness.root / "packaging" / "examples"
+# O último argumento de cada um são os segundos entre as palavras.
 workers = {
-    "py": [sys.executable, str(examples / "worker.py"), "--delay", "0"],
-    "sh": [str(examples / "worker.sh"), "0"],
+    "py": [sys.executable, str(examples / "worker.py"), "--delay"],
+    "sh": [str(examples / "worker.sh")],
 }
+# Quantas tarefas da fila cada um atende ao mesmo tempo.
+parallel = 16
 
 
 def taken(db, timeout=5):
@@ -189,17 +193,18 @@ def test_acl_of_the_readme(language, host, start_redis, start_proxy, connect):
 
 @pytest.fixture
 def run_workers(redis_main, db):
-    """Fábrica de workers de exemplo: run_workers(forma, quantos), com a fila no ambiente.
+    """Fábrica de workers de exemplo: run_workers(forma, quantos, pausa=0), com a fila no ambiente.
 
     Retorno:
         Função que devolve a lista de subprocess.Popen; ao fim, todos devem sair com 0.
     """
     running = []
 
-    def run(form, count):
-        """Inicia workers. Argumentos: form, py ou sh; count, quantos. Retorno: lista de subprocess.Popen."""
+    def run(form, count, delay=0):
+        """Inicia workers. Argumentos: form, py ou sh; count, quantos; delay, a pausa. Retorno: lista de Popen."""
         env = {**harness.base_environment(), "REDIS_SERVER": redis_main.address, "REDIS_QUEUE": queue}
-        started = [subprocess.Popen(workers[form], env=env, start_new_session=True) for _ in range(count)]
+        command = [*workers[form], str(delay)]
+        started = [subprocess.Popen(command, env=env, start_new_session=True) for _ in range(count)]
         running.extend(started)
         return started
 
@@ -232,3 +237,40 @@ def test_example_workers(form, host, start_proxy, connect, run_workers, db):
     # E uma que chega com os workers já à espera; antes disso, um deles nem saberia como parar.
     harness.eventually(lambda: db.info("clients")["blocked_clients"] == 3, 20, "três workers à espera")
     assert len(connect(proxy).request("POST", "/", body=b"a").response().lines()) == 3
+
+
+@pytest.mark.parametrize("form", workers)
+def test_example_workers_take_no_more_than_they_serve(form, start_proxy, connect, run_workers, db):
+    """Com mais tarefas do que atende ao mesmo tempo, um worker deixa as outras na fila, para quem estiver livre."""
+    proxy = start_proxy(env=on)
+    opened = [connect(proxy).request("POST", "/", body=b"a").response() for _ in range(24)]
+    run_workers(form, 1, delay=2)
+    most = 0
+
+    def drained():
+        """Conta as tarefas já tiradas e ainda vivas; diz se todas acabaram (bool)."""
+        nonlocal most
+        with db.pipeline(transaction=True) as pipe:
+            alive, queued = pipe.keys("ndjson_task_*").llen(queue).execute()
+        most = max(most, len(alive) - queued)
+        return not alive
+
+    harness.eventually(drained, 40, "todas respondidas")
+    assert 1 < most <= parallel
+    assert [len(lines) for lines in harness.read_all(opened)] == [3] * 24
+
+
+def test_full_worker_stops(start_proxy, connect, run_workers, db):
+    """O worker.sh cheio, à espera de uma vaga, para na hora quando se pede a ele e aos filhos, e avisa cada cliente."""
+    proxy = start_proxy(env=on)
+    opened = [connect(proxy).request("POST", "/", body=b"a").response() for _ in range(parallel + 1)]
+    [process] = run_workers("sh", 1, delay=30)
+    assert {bytes(response.line(30)) for response in opened[:parallel]} == {b'{"type": "begin"}'}
+    harness.eventually(lambda: len(waiting(db)) == 1 and not db.info("clients")["blocked_clients"], 10, "cheio")
+    # Ao grupo, como um Ctrl-C ou o systemd: o bash só trata um sinal quando o sleep acaba.
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(15) == 0
+    for response in opened[:parallel]:
+        assert response.lines() == [b'{"error": "worker_stopped"}']
+    taken(db).finish("ok")
+    assert opened[-1].lines() == [b"ok"]

@@ -2,8 +2,9 @@
 # Cliente de exemplo do py-ndjson-proxy: mostra cada linha no momento em que ela chega.
 #
 # Uso: client.sh URL TEXTO        (o texto pode ser JSON: '{"chatInput": "Olá"}')
-# Status: 0 se a resposta veio inteira; diferente de zero em erro de HTTP (o JSON do
-# erro é mostrado) ou de conexão.
+# Status: 0 se a resposta chegou ao fim; 22 em erro de HTTP (o JSON do erro é mostrado); outro
+# número, o do curl, em erro de conexão. O que as linhas dizem é com quem as lê: uma resposta
+# que acaba em {"error": "timeout"} também chegou ao fim.
 set -u
 
 if [ $# -ne 2 ]; then

@@ -13,6 +13,7 @@ channel=${REDIS_CHANNEL:-ndjson_jobs}
 queue=${REDIS_QUEUE:-}
 delay=${1:-0.3}
 expiry=600                      # segundos; nada do que o worker cria dura mais que isso
+parallel=16                     # tarefas da fila ao mesmo tempo neste processo
 
 log() { printf 'worker: %s\n' "$*" >&2; }
 
@@ -89,16 +90,29 @@ serve() {
     inner=$(sed -E 's/\\(["\\\/])/\1/g' <<<"$body" |
             sed -nE "s/.*\"(chatInput|message|prompt)\": *$string.*/\2/p")
     [ -n "$task_list" ] || { log "tarefa $task_key sem task_list"; return; }
-    # Ao término, avisar é melhor que deixar o cliente esperar até MAXTIME.
-    trap 'push "{\"error\": \"worker_stopped\"}" && redis DEL "$task_key" >/dev/null; exit' TERM
+    # Ao término, avisar é melhor que deixar o cliente esperar até MAXTIME. Uma vez só: o sinal
+    # chega duas quando é dado ao grupo, como faz o systemd.
+    trap 'trap "" TERM; push "{\"error\": \"worker_stopped\"}" && redis DEL "$task_key" >/dev/null; exit' TERM
     # Apagar a chave é dizer "acabou". A lista não: o proxy ainda a está lendo.
     answer "${inner:-$body}" && redis DEL "$task_key" >/dev/null
+}
+
+# Espera que haja menos de $parallel tarefas em andamento: as outras ficam na fila, para quem
+# estiver livre.
+wait_for_room() {
+    # shellcheck disable=SC2046  # um argumento por tarefa: é para separar
+    set -- $(jobs -pr)
+    while [ $# -ge "$parallel" ]; do
+        wait -n
+        # shellcheck disable=SC2046
+        set -- $(jobs -pr)
+    done
 }
 
 stop() {
     trap '' TERM INT HUP
     # shellcheck disable=SC2046  # vários números: é para separar
-    kill "$listener" $(jobs -p) 2>/dev/null
+    kill ${listener:+"$listener"} $(jobs -p) 2>/dev/null
     wait
     exit 0
 }
@@ -113,6 +127,9 @@ else
 fi
 pause=0
 while :; do
+    # O redis-cli da volta anterior acabou; o número dele já pode ser de outro processo.
+    listener=
+    [ -z "$queue" ] || wait_for_room
     # redis-cli escreve três linhas por mensagem do canal, tipo, canal e conteúdo; da fila, o
     # nome dela e a chave, ou uma linha vazia, e sai.
     exec 3< <(exec redis-cli "${options[@]}" "${ask[@]}" </dev/null 2>&1)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import signal
 import statistics
 import time
 
@@ -80,6 +81,68 @@ def test_lines_one_at_a_time(name, host, start_proxy, start_balancer, connect, w
     task.finish("5", "6")
     assert answer.body() == expected + b"5\n6\n"
     task.gone()
+
+
+# Caminhos que um intermediário zeloso arrumaria, e os que alguns recusam com um 400.
+paths = (
+    "//a",
+    "///",
+    "/a//",
+    "/a/../b",
+    "/a/./b",
+    "/a/%2e%2e/b",
+    "/a%2e%2e",
+    "/%2e/x",
+    "/%41",
+    "/a;x=1",
+    "/@b:1/",
+    "//a?x=//",
+)
+refused = {"nginx": ("/../a", "/%2e%2e/x"), "apache": ("/../a", "/%2e%2e/x")}
+
+
+def test_paths_arrive_as_sent(name, start_proxy, start_balancer, connect, worker):
+    """O caminho vai ao worker como saiu, sem juntar barras nem resolver pontos; nginx e Apache recusam o que sobe da raiz."""
+    front = start_balancer(name, start_proxy())
+    for path in (*paths, "/../a", "/%2e%2e/x"):
+        conn = connect(front.port).request("GET", path)
+        if path in refused.get(name, ()):
+            assert conn.response().status == 400
+            worker.idle()
+            continue
+        task = worker.next()
+        assert task.info["path"] + ("?" + task.info["query"]) * ("?" in path) == path
+        task.finish()
+        assert conn.response().lines() == []
+
+
+def test_caddy_encodes(start_proxy, start_balancer, connect, worker):
+    """Armadilha: o Caddy codifica o que uma URL não devia ter, e um navegador manda; os outros deixam como veio."""
+    proxy = start_proxy()
+    for kind in balancers.kinds:
+        conn = connect(start_balancer(kind, proxy).port).request("GET", "/a|b")
+        task = worker.next()
+        assert task.info["path"] == ("/a%7Cb" if kind == "caddy" else "/a|b")
+        task.finish()
+        assert conn.response().lines() == []
+
+
+def test_killed_proxy(name, start_proxy, start_balancer, connect, worker):
+    """O proxy que morre no meio é uma conexão perdida para o cliente; atrás do Caddy, um fim como os outros."""
+    proxy = start_proxy()
+    conn = connect(start_balancer(name, proxy).port).request()
+    task = worker.next()
+    task.push("1")
+    answer = conn.response()
+    assert answer.line() == b"1"
+    proxy.expected_status = -signal.SIGKILL
+    proxy.kill()
+    if name == "caddy":
+        assert answer.lines(20) == []
+    else:
+        with pytest.raises((harness.broken, ConnectionResetError)):
+            answer.lines(20)
+    task.client.delete(*task.traces())
 
 
 def test_compressed_answers_are_refused(name, start_proxy, start_balancer, connect, worker):
@@ -211,6 +274,15 @@ def test_forwarded_for_through_two(start_proxy, start_balancer, connect, worker)
     inner = start_balancer("nginx", proxy)
     outer = start_balancer("haproxy", inner)
     assert forwarded(outer, connect, worker)[0] == "127.0.0.9"
+
+
+def test_forwarded_for_through_caddy_inside(start_proxy, start_balancer, connect, worker):
+    """Atrás de outro, o Caddy apaga o X-Forwarded-For que recebe, se a linha trusted_proxies do arquivo não valer."""
+    proxy = start_proxy(env={"TRUST_PROXY": "2"})
+    believing = [("# trusted_proxies 127.0.0.1", "trusted_proxies 127.0.0.1")]
+    for edits, address in (([], "127.0.0.1"), (believing, "127.0.0.9")):
+        outer = start_balancer("haproxy", start_balancer("caddy", proxy, edits=edits))
+        assert forwarded(outer, connect, worker)[0] == address
 
 
 def test_errors_pass_through(name, host, start_proxy, start_balancer, connect, worker):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import statistics
+import threading
 import time
 import urllib.parse
 
@@ -169,8 +170,11 @@ def test_chat_shows_http_errors(start_proxy, start_redis, open_chat, worker):
     server.kill()
     answer = say(page, "Alguém?")
     browser.expect(answer.get_by_role("alert")).to_contain_text("HTTP 504, redis_unavailable")
+    browser.expect(page.locator("#lamp")).to_have_attribute("data-state", "down")
     server.start()
     proxy.wait_log("Redis de volta", 15)
+    # A luz apagada se acende sozinha: a página torna a perguntar.
+    browser.expect(page.locator("#lamp")).to_have_attribute("data-state", "up")
     proxy.stop()
     answer = say(page, "E agora?")
     browser.expect(answer.get_by_role("alert")).to_contain_text("Não consegui falar com o proxy")
@@ -199,7 +203,204 @@ def test_chat_shows_broken_answers(start_proxy, open_chat, worker):
     proxy.kill()
     browser.expect(answer.get_by_role("alert")).to_contain_text("A conexão caiu no meio da resposta")
     browser.expect(answer.locator(".prose")).to_have_text("meia")
+    browser.expect(page.locator("#lamp")).to_have_attribute("data-state", "down")
     task.client.delete(*task.traces())
+
+
+def test_chat_survives_a_burst(start_proxy, open_chat, worker):
+    """Cinco mil linhas de uma vez aparecem em poucos segundos, com a hora em que chegaram, e não a em que se viram."""
+    proxy = start_proxy("--cors-origin", "*", "--pause", "0")
+    page = open_chat(proxy.port)
+    answer = say(page, "Tudo de uma vez")
+    task = worker.next()
+    words = [f"{number} " for number in range(5000)]
+    began = time.monotonic()
+    task.finish('{"type": "begin"}', *map(item, words), '{"type": "end"}')
+    browser.expect(answer).to_have_attribute("data-state", "done")
+    took = time.monotonic() - began
+    assert took < 10
+    browser.expect(answer.get_by_text("5.002 linhas", exact=True)).to_be_visible()
+    assert answer.locator(".prose").text_content() == "".join(words).rstrip()
+    assert page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 2")
+    answer.get_by_text("ver as linhas").click()
+    rows = answer.locator(".wire li")
+    browser.expect(rows).to_have_count(1000)
+    assert json.loads(rows.last.locator("span").text_content()) == {"type": "end"}
+    [row] = [row for row in proxy.tasks() if "fim" in row]
+    last = float(rows.last.locator("time").text_content().strip("+ s").replace(",", "."))
+    assert last < int(row["duracao_ms"]) / 1000 + 1
+    print(f"5.000 linhas: {took:.1f} s na página; a última chegou em {last:.2f} s; proxy: {row['duracao_ms']} ms")
+
+
+def test_chat_stops_in_a_burst(start_proxy, open_chat, worker):
+    """Parar funciona no meio de uma enxurrada que não acaba, e a página continua a responder."""
+    proxy = start_proxy("--cors-origin", "*", "--pause", "0")
+    page = open_chat(proxy.port)
+    answer = say(page, "Sem parar")
+    task = worker.next()
+    lines = [item(f"{number} ") for number in range(500)]
+
+    def flood():
+        """Empurra linhas, sem deixar a lista crescer, até que a tarefa acabe."""
+        while task.exists():
+            if task.client.llen(task.list) < 2000:
+                task.push(*lines)
+        task.client.delete(task.list)
+
+    pushing = threading.Thread(target=flood)
+    pushing.start()
+    try:
+        browser.expect(answer.get_by_text(re.compile(r"^\d+\.\d{3} linhas$"))).to_be_visible()
+        began = time.monotonic()
+        page.get_by_role("button", name="Parar").click()
+        browser.expect(answer).to_have_attribute("data-state", "stopped")
+        print(f"Parar: {time.monotonic() - began:.2f} s")
+        # A conversa seguinte não espera por nada que tenha ficado da anterior.
+        after = say(page, "Olá")
+        worker.next().finish(item("Oi"))
+        browser.expect(after.locator(".prose")).to_have_text("Oi")
+    finally:
+        task.delete()
+        pushing.join()
+    task.client.delete(*task.traces(), task.list)
+
+
+def test_chat_lamp_follows_the_proxy(start_proxy, open_chat, worker):
+    """A luz se acende sozinha quando o proxy volta; e, sem esperar por isso, na primeira resposta que ele dá."""
+    port = harness.free_port()
+    page = open_chat(port)
+    lamp = page.locator("#lamp")
+    browser.expect(lamp).to_have_attribute("data-state", "down")
+    start_proxy("--cors-origin", "*", "--port", str(port))
+    browser.expect(lamp).to_have_attribute("data-state", "up")
+    # Daqui em diante ela não torna a perguntar por si.
+    page.evaluate("{ const real = setTimeout; setTimeout = (action, delay) => delay < 1000 && real(action, delay); }")
+    page.route("**/ping", lambda route: route.abort())
+    page.evaluate("address.dispatchEvent(new Event('change'))")
+    browser.expect(lamp).to_have_attribute("data-state", "down")
+    page.unroute("**/ping")
+    answer = say(page, "Olá")
+    task = worker.next()
+    task.push(item("Oi"))
+    browser.expect(answer.locator(".prose")).to_have_text("Oi")
+    browser.expect(lamp).to_have_attribute("data-state", "up")
+    browser.expect(answer).to_have_attribute("data-state", "live")
+    task.finish()
+    browser.expect(answer).to_have_attribute("data-state", "done")
+
+
+def test_chat_retries_in_place(start_proxy, open_chat, worker):
+    """Tentar de novo, numa resposta antiga, deixa à vista a resposta nova, e não o fim da conversa."""
+    proxy = start_proxy("--cors-origin", "*")
+    page = open_chat(proxy.port)
+    say(page, "falha")
+    worker.next().finish(item("antes do erro\n" * 40), '{"type": "error", "content": "acabou a tinta"}')
+    for number in range(2):
+        answer = say(page, f"depois {number}")
+        worker.next().finish(item("linha\n" * 40))
+        browser.expect(answer).to_have_attribute("data-state", "done")
+    page.get_by_role("button", name="Tentar de novo").click()
+    task = worker.next()
+    answer = page.locator(".answer").first
+    browser.expect(answer).to_have_attribute("data-state", "live")
+    browser.expect(answer.locator(".facts")).to_be_in_viewport()
+    # Ela cresce além da tela, e o fim dela continua à vista.
+    for number in range(1, 5):
+        task.push(item("agora sim\n" * 15))
+        browser.expect(answer.get_by_text(re.compile(rf"^{number} linhas?$"))).to_be_in_viewport(ratio=1)
+    # Quem rola para longe fica onde está.
+    page.evaluate("scroller.scrollTop = 0")
+    task.push(item("agora sim\n" * 15))
+    browser.expect(answer.get_by_text("5 linhas", exact=True)).to_be_attached()
+    assert page.evaluate("scroller.scrollTop") == 0
+    task.finish()
+    browser.expect(answer).to_have_attribute("data-state", "done")
+
+
+def test_chat_offers_one_retry_at_a_time(start_proxy, open_chat, worker):
+    """Enquanto uma resposta corre, nenhum Tentar de novo é oferecido: não faria nada."""
+    proxy = start_proxy("--cors-origin", "*")
+    page = open_chat(proxy.port)
+    retry = page.get_by_role("button", name="Tentar de novo")
+    answer = say(page, "falha e continua")
+    task = worker.next()
+    task.push('{"type": "error", "content": "acabou a tinta"}')
+    browser.expect(answer.get_by_role("alert")).to_contain_text("acabou a tinta")
+    browser.expect(retry).to_have_count(0)
+    task.finish(item("continua"))
+    browser.expect(retry).to_be_visible()
+    answer = say(page, "outra")
+    task = worker.next()
+    browser.expect(retry).to_have_count(0)
+    task.finish(item("Oi"))
+    browser.expect(retry).to_be_visible()
+
+
+def test_chat_completes_the_address(host, start_proxy, open_page, serve_files, examples, worker):
+    """Um endereço sem http:// o ganha: nunca é tomado por um caminho do site da página, que receberia o token."""
+    token = "segredo-das-provas-0123456789"
+    proxy = start_proxy("--cors-origin", "*", env={"AUTH_TOKEN": token})
+    site = serve_files(examples)
+    page = open_page(f"{site.origin}/chat.html?proxy=127.0.0.1:{proxy.port}/da-url%23{token}")
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    place = page.get_by_label("Proxy", exact=True)
+    browser.expect(place).to_have_value(f"http://127.0.0.1:{proxy.port}/da-url#{token}")
+    for text, path in (
+        (None, "/da-url"),
+        (f" 127.0.0.1:{proxy.port}/a#{token} ", "/a"),
+        (f"localhost:{proxy.port}/b#{token}", "/b"),
+        (f"//127.0.0.1:{proxy.port}/c#{token}", "/c"),
+        (f"HTTP://127.0.0.1:{proxy.port}/d#{token}", "/d"),
+    ):
+        if text:
+            place.fill(text)
+        answer = say(page, "Olá")
+        task = worker.next()
+        assert task.info["path"] == path
+        task.finish(item("Oi"))
+        browser.expect(answer.locator(".prose")).to_have_text("Oi")
+        browser.expect(page.locator("#lamp")).to_have_attribute("data-state", "up")
+    # Estes viram nomes de máquina, que não existem; o que se prova é que nada vai ao site da página.
+    page.route(re.compile("^http://chat"), lambda route: route.abort())
+    for text in (f"/chat#{token}", f"chat.html#{token}", f"http:chat#{token}", f"?x#{token}", f"#{token}"):
+        place.fill(text)
+        answer = say(page, "Olá")
+        browser.expect(answer.get_by_role("alert")).to_contain_text("Não consegui falar com o proxy")
+        browser.expect(page.locator("#lamp")).to_have_attribute("data-state", "down")
+    assert [url for url in asked if url.startswith(site.origin)] == []
+
+
+@pytest.mark.parametrize("name", ["constructor", "__proto__", "toString"])
+def test_chat_shows_any_error_name(name, start_proxy, open_chat, worker):
+    """Uma linha de erro cujo nome todo objeto de JavaScript tem aparece com esse nome, e não com o que ele é lá."""
+    proxy = start_proxy("--cors-origin", "*")
+    page = open_chat(proxy.port)
+    for line in ({"error": name}, {"error": name, "message": {"não": "é texto"}}):
+        answer = say(page, "falha")
+        worker.next().finish(json.dumps(line))
+        browser.expect(answer.locator(".why")).to_have_text(name)
+
+
+def test_chat_explains_an_empty_answer(start_proxy, open_chat, worker):
+    """Uma resposta sem linhas, ou só com linhas sem texto, diz isso."""
+    proxy = start_proxy("--cors-origin", "*", "--heartbeat", "100")
+    page = open_chat(proxy.port)
+    for lines, sentence in (
+        ([], "A resposta acabou sem nenhuma linha."),
+        (['{"type": "begin"}', item(""), '{"type": "end"}'], "A resposta acabou sem nenhum texto."),
+    ):
+        answer = say(page, "Olá")
+        task = worker.next()
+        # Um batimento não é uma linha do worker.
+        harness.eventually(lambda: answer.locator(".pings").get_attribute("d"), 15, "um traço")  # noqa: B023
+        task.finish(*lines)
+        browser.expect(answer).to_have_attribute("data-state", "done")
+        browser.expect(answer.get_by_text(sentence)).to_be_visible()
+    answer = say(page, "Olá")
+    worker.next().finish(item("Oi"))
+    browser.expect(answer).to_have_attribute("data-state", "done")
+    browser.expect(answer.get_by_text("A resposta acabou")).to_have_count(0)
 
 
 def test_chat_draws_heartbeats(start_proxy, open_chat, worker):
@@ -247,6 +448,8 @@ def test_chat_fits_the_screen(width, scheme, start_proxy, open_chat, worker):
     browser.expect(answer).to_have_attribute("data-state", "failed")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate("scroller.scrollWidth <= scroller.clientWidth")
+    box = page.locator(".address").bounding_box()
+    assert box["x"] >= 16 and box["x"] + box["width"] <= width - 16
     assert page.evaluate("scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 2")
     browser.expect(page.get_by_label("Mensagem")).to_be_in_viewport()
     # WCAG AA: 4,5 para texto.
@@ -461,7 +664,8 @@ watch_script = """() => {
     new MutationObserver((changes) => {
         if (!changes.some((change) => change.target.className === "prose")) return;
         shown.push(now());
-        requestAnimationFrame(() => setTimeout(() => painted.push(now())));
+        // A página escreve dentro de um quadro: a tarefa seguinte já o encontra pintado.
+        setTimeout(() => painted.push(now()));
     }).observe(turns, { childList: true, subtree: true });
 }"""
 

@@ -17,6 +17,7 @@ readers = pathlib.Path(__file__).resolve().parent / "readers"
 
 # Cada leitor é uma linha do shell: {url} é o endereço; {go}, o programa de Go compilado. Escreve um objeto por linha.
 commands = {
+    "client.sh": f"{harness.root}/packaging/examples/client.sh {{url}} {{{{}}}}",
     "curl": "curl -sSN -d {{}} {url}",
     "curl-jq": "curl -sSN -d {{}} {url} | jq --unbuffered -c .",
     "wget": "wget -q -O - --post-data={{}} {url}",
