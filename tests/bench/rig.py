@@ -230,6 +230,7 @@ class rig(assembly):
         self.open(1, 8, port=port)
         self.play("warm", 1, 8, 3, [0.02, 0.05])
         self.driver.do("forget")
+        self.worker.do("forget")
 
     # -- passos ---------------------------------------------------------------
 
@@ -319,7 +320,15 @@ class rig(assembly):
         Levanta:
             broken: se algum se quebrou.
         """
-        told = self.driver.do("check", first=first, count=count, lines=lines, pad=pad, end=end and self.ends)
+        told = self.driver.do(
+            "check",
+            first=first,
+            count=count,
+            lines=lines,
+            pad=pad,
+            end=end and self.ends,
+            clocks=self.worker.do("clocks", first=first, count=count)["clocks"],
+        )
         if told["broken"]:
             raise broken(f"{told['broken']} de {count} streams quebrados: {told['reasons']}")
         took = [told["ends"][number] - moment for number, moment in ends.items() if number in told["ends"]]
