@@ -191,13 +191,13 @@ class assembly:
 class rig(assembly):
     """Uma medição, do Redis ao motorista."""
 
-    def __init__(self, make, seed, pause=None, proxies=1):
+    def __init__(self, make, seed, settings=None, proxies=1):
         """Inicia tudo e faz uma volta de aquecimento.
 
         Argumentos:
             make: classe do concorrente.
             seed: semente dos sorteios, a mesma para todos os concorrentes de uma rodada.
-            pause: PAUSE em ms, ou None para o padrão.
+            settings: configurações do proxy que não são as da bancada (nome -> valor), ou None; os pares as ignoram.
             proxies: quantos servidores sobre o mesmo Redis.
         """
         super().__init__("bench-")
@@ -207,7 +207,7 @@ class rig(assembly):
             self.redis.start()
             self.servers = [self.keep(make(self.folder)) for _ in range(proxies)]
             for server in self.servers:
-                server.start(self.redis, pause)
+                server.start(self.redis, settings)
             self.server = self.servers[0]
             self.contract = make.contract
             self.ends = make.contract != "webdis"
