@@ -168,6 +168,7 @@ def run_all(given, folder):
             turn = run % len(ready) if ready else 0
             for server in ready[turn:] + ready[:turn]:
                 record = {"scenario": name, "server": server, "run": run}
+                record["short"] = given.quick and bool(scenario.quick)
                 record |= measure(scenario, given.quick, servers.contestants[server], f"{name}-{run}")
                 results["records"].append(record)
                 show(record)

@@ -27,13 +27,14 @@ import socket
 import sys
 import time
 
-# Formato de uma linha: campos de largura fixa, para que conferir seja cortar.
+# Formato de uma linha: campos de largura fixa.
 #   {"s":"000012","n":"00000001","t":"00000012345678901234"}
 # s é o stream, n a ordem, t o relógio monotônico em ns antes do RPUSH; as linhas grandes têm mais um campo, p.
 line_size = 56
 stream_at = slice(6, 12)
 order_at = slice(19, 27)
-clock_at = slice(34, 54)
+# O começo de uma linha, com os três campos; o fim é '"}' e LF, ou o enchimento entre eles.
+line_form = b'{"s":"%06d","n":"%08d","t":"%020d'
 
 # O último chunk vem depois de outro ou dos cabeçalhos: sem o CRLF da frente, um cabeçalho final acabado em 0 o imitaria.
 last_chunk = b"\r\n0\r\n\r\n"
@@ -351,7 +352,7 @@ class driver:
             self.leave(self.streams.pop(number))
         return {"now": now}
 
-    def do_check(self, first, count, lines, pad, end):
+    def do_check(self, first, count, lines, pad, end, clocks):
         """Confere um grupo de streams.
 
         Argumentos:
@@ -360,6 +361,7 @@ class driver:
             lines: linhas que cada um deve ter.
             pad: bytes de enchimento de cada linha.
             end: verdadeiro se cada um deve ter acabado de modo limpo.
+            clocks: de cada stream, o relógio que o trabalhador pôs em cada linha (0: a linha não traz relógio).
 
         Retorna:
             dict: broken (quantos quebrados), reasons (exemplos), latencies (ns, uma por linha que traz relógio),
@@ -367,13 +369,13 @@ class driver:
         """
         reasons, latencies, ends = [], [], {}
         last = size = 0
-        for number in range(first, first + count):
+        for number, noted in zip(range(first, first + count), clocks, strict=True):
             item = self.streams.get(number)
             if item is None:
                 reasons.append(f"{number}: nunca foi aberto")
                 continue
             try:
-                found = examine(item, lines, pad, end, self.kind)
+                found = examine(item, lines, pad, end, self.kind, noted)
             except ValueError as error:
                 reasons.append(f"{number}: {error}")
                 continue
@@ -404,7 +406,7 @@ class driver:
         return {}
 
 
-def examine(item, lines, pad, end, kind):
+def examine(item, lines, pad, end, kind, clocks):
     """Confere um stream inteiro.
 
     Argumentos:
@@ -413,6 +415,7 @@ def examine(item, lines, pad, end, kind):
         pad: bytes de enchimento de cada linha.
         end: verdadeiro se deve ter acabado de modo limpo.
         kind: contrato do servidor.
+        clocks: o relógio que o trabalhador pôs em cada linha.
 
     Retorna:
         list: latência de cada linha que traz relógio, em ns.
@@ -436,7 +439,7 @@ def examine(item, lines, pad, end, kind):
         raise ValueError("acabou antes da hora")
     if kind == "webdis":
         starts, parts = unwrap(starts, parts)
-    return examine_lines(item, starts, parts, lines, pad)
+    return examine_lines(item, starts, parts, lines, pad, clocks)
 
 
 def split_chunks(raw, position):
@@ -491,8 +494,8 @@ def unwrap(starts, parts):
     return [start for start, _ in found], [part for _, part in found]
 
 
-def examine_lines(item, starts, parts, lines, pad):
-    """Confere as linhas de um stream, uma a uma.
+def examine_lines(item, starts, parts, lines, pad, clocks):
+    """Confere as linhas de um stream, uma a uma e inteiras, com as que o trabalhador empurrou.
 
     Argumentos:
         item: o stream.
@@ -500,17 +503,20 @@ def examine_lines(item, starts, parts, lines, pad):
         parts: conteúdo de cada chunk.
         lines: linhas que deve ter.
         pad: bytes de enchimento de cada linha.
+        clocks: o relógio que o trabalhador pôs em cada linha; 0 se ela não traz relógio.
 
     Retorna:
         list: latência de cada linha que traz relógio, em ns.
 
     Levanta:
-        ValueError: se falta, sobra ou difere uma linha.
+        ValueError: se falta, sobra ou difere uma linha, ou se ela chegou antes de ser enviada.
     """
     body = b"".join(parts)
     size = line_size + (pad + len('","p":"') if pad else 0)
     if len(body) != lines * (size + 1):
         raise ValueError(f"{len(body)} bytes no lugar de {lines} linhas de {size + 1}")
+    if len(clocks) != lines:
+        raise ValueError(f"o trabalhador empurrou {len(clocks)} linhas, e não {lines}")
     name = b"%06d" % item.number
     tail = b'","p":"' + b"x" * pad + b'"}\n' if pad else b'"}\n'
     # De cada parte, onde ela acaba no corpo e quanto somar para achar a posição na resposta.
@@ -518,20 +524,24 @@ def examine_lines(item, starts, parts, lines, pad):
     shifts = [start + len(part) - stop for start, part, stop in zip(starts, parts, stops, strict=True)]
     arrivals = list(itertools.accumulate(len(data) for _, data in item.events))
     latencies = []
-    for order in range(lines):
+    for order, clock in enumerate(clocks):
         at = order * (size + 1)
         line = body[at : at + size + 1]
         if line[stream_at] != name:
             raise ValueError(f"linha alheia: {line[:60]!r}")
         if line[order_at] != b"%08d" % order:
             raise ValueError(f"linha {order} perdida, repetida ou fora de ordem: {line[:60]!r}")
-        if line[54:] != tail:
-            raise ValueError(f"linha alterada: {line[:60]!r}")
-        clock = int(line[clock_at])
+        expected = line_form % (item.number, order, clock) + tail
+        if line != expected:
+            place = next(index for index, pair in enumerate(zip(line, expected, strict=True)) if pair[0] != pair[1])
+            raise ValueError(f"linha alterada no byte {place}: {line[:60]!r}, e não {expected[:60]!r}")
         if clock:
             chunk = bisect.bisect_left(stops, at + size + 1)
             event = bisect.bisect_left(arrivals, at + size + 1 + shifts[chunk])
-            latencies.append(item.events[event][0] - clock)
+            latency = item.events[event][0] - clock
+            if latency <= 0:
+                raise ValueError(f"linha {order} recebida antes de enviada: {line[:60]!r}")
+            latencies.append(latency)
     return latencies
 
 

@@ -17,7 +17,13 @@ rows = [
     ("IDLE", "redis_clients", "IDLE: conexões com o Redis"),
     ("IDLE", "redis_commands_s", "IDLE: comandos do Redis por s"),
     ("IDLE", "memory_kib", "IDLE: memória por stream, KiB"),
-    ("IDLE", "gone_ms", "IDLE: da saída de 20 clientes à última chave apagada, ms"),
+    ("IDLE", "gone_ms", "IDLE: da saída de 20 clientes à última chave deles apagada, ms"),
+    ("RENEW", "renewal_expires", "RENEW: EXPIRE por stream e renovação"),
+    ("RENEW", "redis_commands_s", "RENEW: comandos do Redis por s, com a renovação"),
+    ("RENEW", "server_cpu_s", "RENEW: processador, s por 1000 streams e minuto, com a renovação"),
+    ("RENEW", "renewal_server_cpu_s", "RENEW: processador, s, idem, só da renovação"),
+    ("RENEW", "redis_cpu_s", "RENEW: processador do Redis, s, idem, com a renovação"),
+    ("RENEW", "renewal_redis_cpu_s", "RENEW: processador do Redis, s, idem, só da renovação"),
     ("IDLE5000", "server_cpu_s", "5.000 em silêncio: processador, s por 1000 e minuto"),
     ("IDLE5000", "redis_cpu_s", "5.000 em silêncio: processador do Redis, s, idem"),
     ("IDLE5000", "redis_commands_s", "5.000 em silêncio: comandos do Redis por s"),
@@ -25,6 +31,7 @@ rows = [
     ("IDLE10000", "redis_cpu_s", "10.000 em silêncio: processador do Redis, s, idem"),
     ("IDLE10000", "redis_commands_s", "10.000 em silêncio: comandos do Redis por s"),
     ("IDLE10000", "memory_kib", "10.000 em silêncio: memória por stream, KiB"),
+    ("IDLE10000", "gone_ms", "10.000 em silêncio: da saída de 20 clientes à última chave deles apagada, ms"),
     ("OPEN", "open_s", "OPEN: abrir 1000 de uma vez, s"),
     ("OPEN", "server_us_open", "OPEN: processador por stream aberto, µs"),
     ("THR", "lines_s", "THR: linhas por s"),
@@ -49,7 +56,8 @@ rows = [
     ("FOREIGN", "foreign_lines_s", "FOREIGN: linhas alheias por s"),
 ]
 
-# Alvos: rótulo, cenário, número, fator sobre o limit (ou None) e valor.
+# Alvos: rótulo, cenário, número, a base de que o valor é um fator (limit: o mesmo cenário nele; L1: o mesmo servidor
+# em L1; None: nenhuma) e o valor, negativo se é um mínimo.
 targets = [
     *((f"{name}: p50 ≤ 1,5 × limit", name, "latency_p50_ms", "limit", 1.5) for name in ("L1", "L100", "L1000")),
     *((f"{name}: p99 ≤ 2 × limit", name, "latency_p99_ms", "limit", 2) for name in ("L1", "L100", "L1000")),
@@ -58,13 +66,15 @@ targets = [
     ("IDLE: processador do Redis ≤ 0,2 s", "IDLE", "redis_cpu_s", None, 0.2),
     ("IDLE: conexões ≤ 10", "IDLE", "redis_clients", None, 10),
     ("IDLE: comandos por s ≤ 50", "IDLE", "redis_commands_s", None, 50),
+    ("RENEW: comandos por s, com a renovação ≤ 50", "RENEW", "redis_commands_s", None, 50),
     ("IDLE: memória ≤ 40 KiB", "IDLE", "memory_kib", None, 40),
     ("IDLE: saída de cliente ≤ 2 s", "IDLE", "gone_ms", None, 2000),
     ("OPEN ≤ 2 s", "OPEN", "open_s", None, 2),
     ("THR ≥ 100.000 linhas/s", "THR", "lines_s", None, -100_000),
     ("REQ ≥ 1.000 por s", "REQ", "requests_s", None, -1000),
-    ("SCALE 10.000: p99 ≤ 100 ms", "SCALE10000", "latency_p99_ms", None, 100),
+    ("SCALE 10.000: p99 ≤ 100 ms, nenhum quebrado", "SCALE10000", "latency_p99_ms", None, 100),
     ("LONE: p50 ≤ 2 × L1", "LONE", "latency_p50_ms", "L1", 2),
+    ("LONE: p99 ≤ 2 × L1", "LONE", "latency_p99_ms", "L1", 2),
 ]
 
 
@@ -92,7 +102,8 @@ def medians(results):
         results: resultados.
 
     Retorna:
-        dict: (cenário, servidor) -> números, com as chaves extras whole e broken (quantas rodadas).
+        dict: (cenário, servidor) -> números, com as chaves extras whole e broken (quantas rodadas) e short (se alguma
+        foi da forma rápida, mais curta que o cenário).
     """
     groups = {}
     for record in results["records"]:
@@ -103,6 +114,9 @@ def medians(results):
         names = {name for figures in whole for name, value in figures.items() if isinstance(value, int | float)}
         found[key] = {name: statistics.median(f[name] for f in whole if name in f) for name in names}
         found[key] |= {"whole": len(whole), "broken": len(records) - len(whole)}
+        # Resultados antigos não dizem de cada medição se é curta.
+        usual = results["quick"] and bool(scenarios.scenarios[key[0]].quick)
+        found[key]["short"] = any(record.get("short", usual) for record in records)
     return found
 
 
@@ -123,14 +137,16 @@ def cell(found, missing, scenario, name, server):
     if figures is None:
         return "n/d" if missing.get(scenario, {}).get(server) else "–"
     if not figures["whole"]:
-        return "quebrado"
+        return "**quebrado**"
     if name in figures:
         text = short(figures[name])
     elif f"{name}_p50_ms" in figures:
         text = f"{short(figures[f'{name}_p50_ms'])} / {short(figures[f'{name}_p99_ms'])}"
     else:
         return "–"
-    return text + (f" ({figures['broken']} quebrada)" if figures["broken"] else "")
+    if figures["broken"]:
+        text += f" (**{figures['broken']} quebrada{'s' if figures['broken'] > 1 else ''}**)"
+    return text
 
 
 def table(head, lines):
@@ -156,19 +172,49 @@ def judge(found, server, target):
         target: o alvo.
 
     Retorna:
-        str: o medido e se o alvo foi alcançado; vazio se não foi medido.
+        str: o medido e se o alvo foi alcançado; quebrado se alguma rodada do cenário se quebrou; n/d se o cenário foi
+        encurtado ou se a base não foi medida inteira; vazio se o cenário não foi medido.
     """
     _, scenario, name, base, bound = target
-    value = found.get((scenario, server), {}).get(name)
-    if value is None:
-        return "quebrado" if found.get((scenario, server), {}).get("broken") else ""
-    if base is None:
-        return f"{short(value)} {'sim' if value <= bound or (bound < 0 and value >= -bound) else '**não**'}"
-    key = (scenario, "limit") if base == "limit" else (base, server)
-    reference = found.get(key, {}).get(name)
-    if not reference:
+    figures = found.get((scenario, server))
+    if figures is None:
         return ""
-    return f"{short(value / reference)} × {'sim' if value / reference <= bound else '**não**'}"
+    if figures["broken"]:
+        return f"**quebrado** ({figures['broken']} de {figures['broken'] + figures['whole']})"
+    if name not in figures:
+        return ""
+    if figures["short"]:
+        return "n/d"
+    value = figures[name]
+    if base is None:
+        return f"{short(value)} {'sim' if (value >= -bound if bound < 0 else value <= bound) else '**não**'}"
+    reference = found.get((scenario, "limit") if base == "limit" else (base, server))
+    if not reference or reference["broken"] or reference["short"] or not reference.get(name):
+        return "n/d"
+    ratio = value / reference[name]
+    return f"{short(ratio)} × {'sim' if ratio <= bound else '**não**'}"
+
+
+def count_runs(results):
+    """Diz de quantas rodadas são as medianas.
+
+    Argumentos:
+        results: resultados, talvez reunidos de várias execuções.
+
+    Retorna:
+        str: frase; se os cenários não têm todos o mesmo número de rodadas, diz quantas tem cada um.
+    """
+    counts = {}
+    for (scenario, _), figures in medians(results).items():
+        counts[scenario] = max(counts.get(scenario, 0), figures["whole"] + figures["broken"])
+    if not counts:
+        return "Nada foi medido"
+    names = {}
+    for scenario, count in counts.items():
+        names.setdefault(count, []).append(scenario)
+    if len(names) == 1:
+        return f"Medianas de {next(iter(names))} rodada(s)"
+    return "Medianas de " + "; ".join(f"{count} rodada(s) em {', '.join(names[count])}" for count in sorted(names))
 
 
 def render(results):
@@ -184,7 +230,7 @@ def render(results):
     order = [
         server for server in (*scenarios.proxies, *scenarios.peers, "floor") if any(key[1] == server for key in found)
     ]
-    parts = [f"Medianas de {results['runs']} rodada(s)" + (", forma rápida" if results["quick"] else "") + ".\n"]
+    parts = [count_runs(results) + (", forma rápida" if results["quick"] else "") + ".\n"]
     parts.append(table(["máquina", ""], [[name, text] for name, text in results["machine"].items()]))
     lines = []
     for scenario, name, label in rows:
@@ -197,6 +243,8 @@ def render(results):
     lines = [line for line in lines if any(line[1:])]
     if ours and lines:
         parts.append(table(["alvo", *ours], lines))
+        if any("n/d" in line for line in lines):
+            parts.append("n/d: não se julga, pois o cenário foi encurtado ou a base da razão não foi medida inteira.\n")
     notes = sorted(
         {
             f"- {server}, {scenario}: {reason}."

@@ -191,13 +191,13 @@ class assembly:
 class rig(assembly):
     """Uma medição, do Redis ao motorista."""
 
-    def __init__(self, make, seed, pause=None, proxies=1):
+    def __init__(self, make, seed, settings=None, proxies=1):
         """Inicia tudo e faz uma volta de aquecimento.
 
         Argumentos:
             make: classe do concorrente.
             seed: semente dos sorteios, a mesma para todos os concorrentes de uma rodada.
-            pause: PAUSE em ms, ou None para o padrão.
+            settings: configurações do proxy que não são as da bancada (nome -> valor), ou None; os pares as ignoram.
             proxies: quantos servidores sobre o mesmo Redis.
         """
         super().__init__("bench-")
@@ -207,7 +207,7 @@ class rig(assembly):
             self.redis.start()
             self.servers = [self.keep(make(self.folder)) for _ in range(proxies)]
             for server in self.servers:
-                server.start(self.redis, pause)
+                server.start(self.redis, settings)
             self.server = self.servers[0]
             self.contract = make.contract
             self.ends = make.contract != "webdis"
@@ -230,6 +230,7 @@ class rig(assembly):
         self.open(1, 8, port=port)
         self.play("warm", 1, 8, 3, [0.02, 0.05])
         self.driver.do("forget")
+        self.worker.do("forget")
 
     # -- passos ---------------------------------------------------------------
 
@@ -319,7 +320,15 @@ class rig(assembly):
         Levanta:
             broken: se algum se quebrou.
         """
-        told = self.driver.do("check", first=first, count=count, lines=lines, pad=pad, end=end and self.ends)
+        told = self.driver.do(
+            "check",
+            first=first,
+            count=count,
+            lines=lines,
+            pad=pad,
+            end=end and self.ends,
+            clocks=self.worker.do("clocks", first=first, count=count)["clocks"],
+        )
         if told["broken"]:
             raise broken(f"{told['broken']} de {count} streams quebrados: {told['reasons']}")
         took = [told["ends"][number] - moment for number, moment in ends.items() if number in told["ends"]]

@@ -8,6 +8,12 @@ import servers
 first = 101
 proxies = ("proxy-flask", "proxy-waitress", "proxy-poll")
 peers = ("limit", "nchan", "webdis")
+# Clientes que saem no meio do silêncio de IDLE.
+leavers = 20
+# O REDIS_TTL padrão do proxy, em segundos.
+usual_ttl = 600
+# As configurações de END, THR, REQ e BIG: as linhas saem em lotes, sem pausa depois de cada uma.
+batches = {"PAUSE": 0}
 
 
 def timed(make, seed, streams, lines, gap, every=True):
@@ -42,7 +48,7 @@ def end(make, seed, streams, gap):
     Retorna:
         dict: tempos do fim e latências.
     """
-    with rig.rig(make, seed, pause=0) as bench:
+    with rig.rig(make, seed, settings=batches) as bench:
         bench.open(first, streams)
         return bench.play("end", first, streams, 1, gap)
 
@@ -92,37 +98,112 @@ def idle(make, seed, streams, seconds):
             "memory_empty_kib": empty,
             "open_s": opened["seconds"],
         }
-        # Silêncio sem stream perdido: cada um ainda recebe uma linha e acaba.
-        rest = bench.play("after", first, streams, 1, [0, max(1.0, streams / 1000)])
+        staying = streams
+        if make.name in proxies:
+            staying -= leavers
+            figures["gone_ms"] = gone(bench, first + staying, leavers, streams)
+        # Silêncio sem stream perdido: cada um dos que ficaram ainda recebe uma linha e acaba.
+        rest = bench.play("after", first, staying, 1, [0, max(1.0, streams / 1000)])
         figures |= {f"after_{name}": rest[name] for name in ("latency_p50_ms", "latency_p99_ms")}
         if make.name in proxies:
-            figures["gone_ms"] = gone(bench, 20)
+            wait_keys(bench, 0)
         return figures
 
 
-def gone(bench, count):
-    """Mede de quando clientes saem em silêncio até que o último vestígio suma do Redis.
+def gone(bench, number, count, alive):
+    """Mede de quando clientes saem em silêncio, entre muitos que ficam, até que o último vestígio deles suma do Redis.
 
     Argumentos:
-        bench: a bancada, sem streams vivos.
-        count: quantos clientes.
+        bench: a bancada, com os streams em silêncio.
+        number: número do primeiro que sai.
+        count: quantos saem.
+        alive: quantos streams há, com os que saem; cada um em silêncio tem uma chave no Redis.
 
     Retorna:
         float: milissegundos.
 
     Levanta:
-        rig.broken: se as chaves não sumiram.
+        rig.broken: se as chaves não eram as esperadas, ou se as de quem saiu não sumiram.
     """
-    number = 500_000
-    bench.open(number, count)
-    if bench.redis.keys() != count:
-        raise rig.broken(f"{bench.redis.keys()} chaves no Redis, e não {count}")
+    if bench.redis.keys() != alive:
+        raise rig.broken(f"{bench.redis.keys()} chaves no Redis, e não {alive}")
     began = bench.driver.do("drop", first=number, count=count)["now"]
-    while bench.redis.keys():
-        if time.monotonic_ns() - began > 30e9:
-            raise rig.broken("as chaves de clientes que saíram não foram apagadas")
-        time.sleep(0.001)
+    wait_keys(bench, alive - count)
     return (time.monotonic_ns() - began) / 1e6
+
+
+def wait_keys(bench, count):
+    """Espera até que no Redis só restem as chaves dos streams vivos.
+
+    Argumentos:
+        bench: a bancada.
+        count: quantas.
+
+    Levanta:
+        rig.broken: se sobram chaves depois de 30 s, ou se sumiram as de quem ficou.
+    """
+    deadline = time.monotonic() + 30
+    while (keys := bench.redis.keys()) != count:
+        if keys < count or time.monotonic() > deadline:
+            raise rig.broken(f"{keys} chaves no Redis, e não {count}")
+        time.sleep(0.001)
+
+
+def renew(make, seed, streams, ttl, seconds):
+    """Mede a renovação da validade das chaves, que o silêncio curto de IDLE não alcança (RENEW).
+
+    Com um REDIS_TTL curto, um trecho sem renovação e um período inteiro dela (um terço de REDIS_TTL), em que cada stream
+    é renovado uma vez. O que o período gasta a mais, dividido pelo período do REDIS_TTL padrão, é o que a renovação soma
+    ao silêncio.
+
+    Argumentos:
+        make: classe do concorrente.
+        seed: semente da rodada.
+        streams: quantos.
+        ttl: REDIS_TTL da medição, em segundos.
+        seconds: duração do trecho sem renovação.
+
+    Retorna:
+        dict: EXPIRE por stream e renovação; comandos por segundo e processador por 1000 streams e minuto, só da
+        renovação e com o silêncio, com o REDIS_TTL padrão.
+
+    Levanta:
+        rig.broken: se a renovação não caiu inteira no período medido.
+    """
+    with rig.rig(make, seed, settings={"REDIS_TTL": ttl}) as bench:
+        began = time.monotonic()
+        bench.open(first, streams)
+        opened = time.monotonic()
+        time.sleep(1.5)
+        readings = [bench.usage()]
+        for pause in (seconds, ttl / 3):
+            time.sleep(readings[-1]["when"] + pause - time.monotonic())
+            readings.append(bench.usage())
+        start, middle, end = readings
+        # Cada stream é renovado um período depois de aberto, e depois a cada período.
+        first_turn, last_turn, second_turn = began + ttl / 3, opened + ttl / 3, began + 2 * ttl / 3
+        if not (middle["when"] < first_turn and last_turn < end["when"] < second_turn):
+            raise rig.broken("a máquina atrasou a medição: o período não contém uma renovação inteira")
+        before, during = bench.calls(start, middle), bench.calls(middle, end)
+        if before.get("expire") or during.get("expire", 0) < streams:
+            raise rig.broken(f"EXPIRE: {before.get('expire', 0)} antes do período e {during.get('expire', 0)} nele")
+        took, period = middle["when"] - start["when"], end["when"] - middle["when"]
+        spent = {
+            "server_cpu_s": [sum(reading["server"]) for reading in readings],
+            "redis_cpu_s": [reading["redis"]["cpu"] for reading in readings],
+        }
+        figures = {"renewal_expires": during["expire"] / streams}
+        share = 1000 / streams
+        figures["renewal_commands_s"] = during["expire"] * share / (usual_ttl / 3)
+        figures["redis_commands_s"] = sum(before.values()) / took + figures["renewal_commands_s"]
+        for name, (first_value, second, third) in spent.items():
+            rate = (second - first_value) / took
+            figures[f"renewal_{name}"] = (third - second - rate * period) * share * 60 / (usual_ttl / 3)
+            figures[name] = rate * share * 60 + figures[f"renewal_{name}"]
+        # As chaves renovadas continuam vivas: cada stream ainda recebe uma linha e acaba.
+        bench.play("after", first, streams, 1, [0, 1])
+        wait_keys(bench, 0)
+        return figures
 
 
 def opening(make, seed, streams):
@@ -166,7 +247,7 @@ def throughput(make, seed, streams, lines, pad=0, batch=100):
     Retorna:
         dict: linhas e MB por segundo e custo por linha.
     """
-    with rig.rig(make, seed, pause=0) as bench:
+    with rig.rig(make, seed, settings=batches) as bench:
         return burst(bench, first, streams, lines, pad, batch)
 
 
@@ -208,7 +289,7 @@ def requests(make, seed, total, parallel, seconds):
     Retorna:
         dict: requisições por segundo, tempo de cada uma e custo.
     """
-    with rig.rig(make, seed, pause=0) as bench:
+    with rig.rig(make, seed, settings=batches) as bench:
         bench.worker.do("answer", on=True)
         before = bench.usage()
         told = bench.driver.do("loop", first=first, total=total, port=bench.port, parallel=parallel, seconds=seconds)
@@ -239,7 +320,7 @@ def big(make, seed, lines, pad, streams):
     Retorna:
         dict: latência de uma linha e MB por segundo.
     """
-    with rig.rig(make, seed, pause=0) as bench:
+    with rig.rig(make, seed, settings=batches) as bench:
         bench.open(first, 1)
         figures = bench.play("big", first, 1, lines, [0.05, 0.15], pad=pad)
         rest = burst(bench, first + 1, streams, lines, pad, 1)
@@ -336,7 +417,7 @@ class scenario:
         self.quick = quick
 
     def refusal(self, make):
-        """Diz por que um concorrente não participa.
+        """Diz por que um concorrente não participa: o servidor e o motorista têm cada um o limite de descritores.
 
         Argumentos:
             make: classe do concorrente.
@@ -369,6 +450,7 @@ scenarios = {
     "IDLE": scenario(idle, everyone, 1000, {"streams": 1000, "seconds": 15}, {"streams": 300, "seconds": 5}),
     "IDLE5000": scenario(idle, everyone, 5000, {"streams": 5000, "seconds": 15}),
     "IDLE10000": scenario(idle, everyone, 10000, {"streams": 10000, "seconds": 15}),
+    "RENEW": scenario(renew, proxies, 1000, {"streams": 1000, "ttl": 60, "seconds": 10}),
     "OPEN": scenario(opening, measured, 1000, {"streams": 1000}),
     "THR": scenario(throughput, measured, 20, {"streams": 20, "lines": 5000}, {"streams": 20, "lines": 1000}),
     "REQ": scenario(

@@ -367,12 +367,12 @@ class proxy(contestant):
 
     settings: dict = {}
 
-    def start(self, redis, pause=None):
+    def start(self, redis, settings=None):
         """Inicia e espera pela linha `pronto:`.
 
         Argumentos:
             redis: o redis_server.
-            pause: PAUSE em ms, ou None para o padrão.
+            settings: outras configurações (nome -> valor), ou None.
         """
         empty = self.folder / "empty.env"
         empty.touch()
@@ -387,8 +387,7 @@ class proxy(contestant):
             "ENV_FILE": str(empty),
             **self.settings,
         }
-        if pause is not None:
-            env["PAUSE"] = str(pause)
+        env |= {name: str(value) for name, value in (settings or {}).items()}
         self.spawn([sys.executable, str(program)], env)
         self.port = int(self.wait_until(lambda: re.search(r"pronto: http://\S+:(\d+) ", self.output()), "pronto")[1])
 
@@ -421,12 +420,12 @@ class limit(contestant):
     worker = "limit"
     per_stream = 2
 
-    def start(self, redis, pause=None):
+    def start(self, redis, settings=None):
         """Inicia e espera pela porta.
 
         Argumentos:
             redis: o redis_server.
-            pause: sem uso.
+            settings: sem uso.
         """
         self.spawn([sys.executable, str(here / "limit.py"), str(redis.port)])
         self.port = int(self.wait_until(lambda: re.match(r"(\d+)\n", self.output()), "abrir a porta")[1])
@@ -456,12 +455,12 @@ class nchan(contestant):
         done = subprocess.run([find_program("nginx"), "-v"], capture_output=True, text=True, check=False)
         return done.stderr.partition("nginx version: ")[2].strip()
 
-    def start(self, redis, pause=None):
+    def start(self, redis, settings=None):
         """Escreve a configuração, inicia e espera que atenda.
 
         Argumentos:
             redis: sem uso.
-            pause: sem uso.
+            settings: sem uso.
         """
         self.port = free_port()
         places = "".join(
@@ -528,12 +527,12 @@ class webdis(contestant):
         """
         return "" if find_program("webdis") else "não há webdis"
 
-    def start(self, redis, pause=None):
+    def start(self, redis, settings=None):
         """Escreve a configuração, inicia e espera que atenda.
 
         Argumentos:
             redis: o redis_server.
-            pause: sem uso.
+            settings: sem uso.
         """
         self.port = free_port()
         config = self.folder / "webdis.json"
@@ -554,12 +553,12 @@ class floor(contestant):
     contract = worker = "floor"
     uses_redis = False
 
-    def start(self, redis, pause=None):
+    def start(self, redis, settings=None):
         """Nada a iniciar: o servidor é o próprio trabalhador.
 
         Argumentos:
             redis: sem uso.
-            pause: sem uso.
+            settings: sem uso.
         """
 
     def pids(self):

@@ -119,6 +119,8 @@ class worker:
         self.ends = {}
         self.pushed = 0
         self.pads = {}
+        # De cada stream, o relógio posto em cada linha, em ordem: o que o motorista deve ter recebido.
+        self.clocks = {}
 
     # -- o que cada servidor define -------------------------------------------
 
@@ -237,6 +239,28 @@ class worker:
         self.answering = on
         return {}
 
+    def do_clocks(self, first, count):
+        """Diz os relógios postos nas linhas de um grupo de streams, para a conferência.
+
+        Argumentos:
+            first: número do primeiro.
+            count: quantos.
+
+        Retorna:
+            dict: clocks, uma lista para cada stream, com o relógio de cada linha, em ns.
+        """
+        return {"clocks": [self.clocks.get(number, []) for number in range(first, first + count)]}
+
+    def do_forget(self):
+        """Esquece os streams que já acabaram, para que seus números possam ser usados de novo.
+
+        Retorna:
+            dict: vazio.
+        """
+        self.known.clear()
+        self.clocks.clear()
+        return {}
+
     def do_timed(self, seed, first, count, lines, gap, pad, end, every=True):
         """Empurra linhas em instantes sorteados.
 
@@ -306,6 +330,7 @@ class worker:
                     for order in range(start, min(start + batch, lines))
                 ]
                 ready.append(self.push(self.known[number], texts))
+        self.clocks |= {number: [0] * lines for number in range(first, first + count)}
         self.ends = {}
         began = time.monotonic_ns()
         for sock, data in ready:
@@ -328,8 +353,10 @@ class worker:
         tail = b'"}'
         if pad:
             tail = self.pads.get(pad) or self.pads.setdefault(pad, b'","p":"' + b"x" * pad + b'"}')
-        sock, data = self.push(target, [text + b"%020d" % time.monotonic_ns() + tail])
+        clock = time.monotonic_ns()
+        sock, data = self.push(target, [text + b"%020d" % clock + tail])
         self.send(sock, data)
+        self.clocks.setdefault(number, []).append(clock)
 
     def finish(self, number):
         """Encerra um stream, anotando o instante.
@@ -418,7 +445,9 @@ class task_worker(worker):
             number = int(task_body.search(text)[1])
             self.known[number] = (key, task_list.search(text)[1])
             if self.answering:
-                line = b'{"s":"%06d","n":"%08d","t":"%020d"}' % (number, 0, time.monotonic_ns())
+                clock = time.monotonic_ns()
+                self.clocks[number] = [clock]
+                line = b'{"s":"%06d","n":"%08d","t":"%020d"}' % (number, 0, clock)
                 output += [self.push(self.known[number], [line])[1], self.close(self.known[number])[1]]
         if output:
             self.send(self.pusher.sock, b"".join(output))
