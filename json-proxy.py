@@ -4510,6 +4510,14 @@ class waitress_channel(waitress.channel.HTTPChannel):
         self.began_at = None if self.request is None else self.began_at or self.moved_at
         return accepted
 
+    def may_expire(self):
+        """Diz se algum prazo corre; um stream em silêncio não tem nenhum, e são muitos.
+
+        Retorna:
+            bool: verdadeiro se expire deve ser chamado.
+        """
+        return self.watcher is None or self.total_outbufs_len > 0
+
     def expire(self, now):
         """Encerra a conexão se um prazo venceu.
 
@@ -4607,7 +4615,7 @@ class waitress_poller:
             now = time.monotonic()
             if now >= sweep_at:
                 sweep_at = now + sweep_interval
-                for channel in [each for each in map.values() if isinstance(each, waitress_channel)]:
+                for channel in [each for each in map.values() if isinstance(each, waitress_channel) and each.may_expire()]:
                     channel.expire(now)
             while self.starved:
                 self.starved.popleft().refuse_starved()
