@@ -1083,7 +1083,7 @@ def redis_words(error):
     # O Redis 6 as põe no começo; o 7 e os seguintes, no fim.
     words = re.sub(r"^(ERR )?Error running script \(call to \w+\): @user_script: ?\d+: ", "", str(error))
     # Um comando desligado traz os argumentos: a senha, no AUTH; o pedido do cliente, no SET.
-    words = re.sub(r"(?s),? with args beginning with:.*", "", words)
+    words = re.sub(r"(?s),?\s+with\s+args\s+beginning\s+with:.*", "", words)
     return re.sub(r",? ?script: \w+, on @user_script:\d+\.?$", "", words)
 
 

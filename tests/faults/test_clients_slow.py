@@ -93,11 +93,15 @@ def fill(tasks):
     for task in tasks:
         for _ in range(lines // 100):
             task.push(*chunk)
-    seen = []
+    seen, left = [], dict.fromkeys(tasks, lines)
 
     def still():
-        """Diz se as listas pararam de encolher por meio segundo."""
-        seen.append([task.client.llen(task.list) for task in tasks])
+        """Diz se as listas pararam de encolher por meio segundo; a de quem já foi derrubado não conta mais."""
+        for task in tasks:
+            size = task.client.llen(task.list)
+            if task.exists():
+                left[task] = size
+        seen.append(list(left.values()))
         time.sleep(0.05)
         return len(seen) > 10 and all(each == seen[-1] for each in seen[-10:])
 
