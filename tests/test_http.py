@@ -830,7 +830,7 @@ unfinished = {
 @pytest.mark.parametrize(("origin", "allowed"), [("https://a.test", "https://a.test"), ("https://b.test", None)])
 def test_cors_of_a_late_request(origin, allowed, rest, start_proxy, host, connect, worker):
     """O 408 de um pedido que não chegou inteiro, mas cujo Origin chegou, pode ser lido pela página que o fez."""
-    proxy = start_proxy("--cors-origin", "https://a.test", "--request-timeout", "500")
+    proxy = start_proxy("--cors-origin", "https://a.test", "--request-timeout", "2000")
     conn = connect(proxy)
     conn.send(b"POST / HTTP/1.1\r\nHost: x\r\nOrigin: %s\r\n%s" % (origin.encode(), rest))
     response = conn.response()
