@@ -156,6 +156,83 @@ def test_refusal_with_a_body(coding, guarded, connect):
     worker.idle()
 
 
+announced = {
+    "tamanho": ("Content-Length", "5000000"),
+    "pedaços": ("Transfer-Encoding", "chunked"),
+}
+
+
+@pytest.mark.parametrize("size", announced.values(), ids=announced)
+def test_refusal_before_the_body(size, start_redis, start_proxy, host, connect, start_worker):
+    """O corpo de quem não traz o token nem é esperado: o 401 vem antes dele, com o fechamento, e o log diz uma vez de quem
+    era, visto através do proxy reverso."""
+    server = start_redis()
+    proxy = start_proxy("--trust-proxy", "1", env={"AUTH_TOKEN": token}, redis=server)
+    worker = start_worker(server.client())
+    forwarded = [("X-Forwarded-For", "198.51.100.1"), ("X-Forwarded-For", "198.51.100.2, 192.0.2.7"), size]
+    for headers in wrong_headers.values():
+        given = list(headers.items() if isinstance(headers, dict) else headers)
+        conn = connect(proxy).request("POST", "/x", [*given, *forwarded])
+        response = conn.response()
+        refused(response)
+        assert response.header("Connection") == "close"
+        assert conn.at_end()
+        conn.close()
+    worker.idle()
+    assert proxy.tasks() == []
+    lines = [line for line in proxy.log().splitlines() if "AUTH_TOKEN" in line]
+    assert len(lines) == 1 and lines[0].endswith("cliente=192.0.2.7"), lines
+
+
+def test_refusal_instead_of_continue(guarded, connect):
+    """Quem pergunta se pode enviar o corpo e não traz o token recebe o 401 sem enviá-lo."""
+    proxy, _, worker = guarded
+    conn = connect(proxy).request("POST", "/x", {"Expect": "100-continue", "Content-Length": "5000000"})
+    refused(conn.response())
+    assert conn.at_end()
+    worker.idle()
+
+
+@pytest.mark.parametrize("coding", ["length", "chunked"])
+def test_body_of_who_may_ask(coding, guarded, connect):
+    """O corpo de quem traz o token é lido; e /ping e OPTIONS, que não o pedem, aceitam corpos."""
+    proxy, _, worker = guarded
+    body = "x" * 300000
+    raw = body.encode()
+    headers = {"Content-Length": str(len(raw))} if coding == "length" else {"Transfer-Encoding": "chunked"}
+    raw = raw if coding == "length" else b"%X\r\n%s\r\n0\r\n\r\n" % (len(raw), raw)
+    conn = connect(proxy).request("POST", "/x", headers | bearer(token))
+    worker.idle()
+    conn.send(raw)
+    task = worker.next()
+    assert task.info["body"] == body
+    task.finish("ok")
+    assert conn.response().lines() == [b"ok"]
+    for method, target, status in (
+        *(("POST", "/ping", 200), ("GET", "/ping?x", 200), ("OPTIONS", "/x", 204)),
+        ("POST", "http://outro.test/ping", 200),
+    ):
+        conn = connect(proxy).request(method, target, headers)
+        # Quem não precisa do corpo pode responder e fechar antes do fim dele.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            conn.send(raw)
+        response = conn.response()
+        assert (response.status, response.body()) == (status, b"pong" if status == 200 else b"")
+    refused(connect(proxy).request("POST", "http://outro.test?/ping", headers).response())
+    worker.idle()
+
+
+def test_refusal_ends_the_connection(guarded, connect):
+    """Depois de um 401 a conexão é fechada, e com isso não ocupa um descritor."""
+    proxy, _, _ = guarded
+    for method, target in (("POST", "/"), ("GET", "/ping/"), ("HEAD", "/x")):
+        conn = connect(proxy).request(method, target)
+        response = conn.response()
+        refused(response, method)
+        assert response.header("Connection") == "close"
+        assert conn.at_end()
+
+
 sent = [
     *(("Authorization", f"Bearer {token}"), ("Cookie", "a=1"), ("X-Api-Key", "k")),
     *(("Proxy-Authorization", "p"), ("X-Outro", "o")),

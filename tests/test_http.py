@@ -111,6 +111,11 @@ targets = [
     ("/x?a?b?c", "/x", "a?b?c"),
     ("/?http://outro.test/y", "/", "http://outro.test/y"),
     ("http://proxy.test/abs/x?y=1", "/abs/x", "y=1"),
+    ("http://h", "/", ""),
+    ("http://h?x=1", "/", "x=1"),
+    ("http://h?u=/a/b", "/", "u=/a/b"),
+    ("http://h?next=/ping", "/", "next=/ping"),
+    ("http://h//a//b?c", "//a//b", "c"),
     ("/q?" + "x" * 4096, "/q", "x" * 4096),
     ("/" + "p" * 4096, "/" + "p" * 4096, ""),
 ]
@@ -416,6 +421,19 @@ def test_ping(method, target, fetch, shared_proxy, worker):
     worker.idle()
 
 
+def test_ping_keeps_the_connection(shared_proxy, connect):
+    """Como o README diz: o waitress reaproveita a conexão de quem foi atendido, e o flask a fecha, avisando."""
+    conn = connect(shared_proxy)
+    for _ in range(3):
+        response = common(conn.request("GET", "/ping").response())
+        assert (response.status, response.body()) == (200, b"pong")
+        if shared_proxy.server == "flask":
+            assert response.header("Connection") == "close"
+            assert conn.at_end()
+            return
+        assert response.header("Connection") != "close"
+
+
 @pytest.mark.parametrize("method", ["TRACE", "CONNECT", "PROPFIND", "QUERY", "X-ALGUM"])
 def test_method_not_allowed(method, fetch, shared_proxy, worker):
     """Outros métodos: 405 em JSON, com Allow, sem tarefa."""
@@ -668,6 +686,9 @@ def test_too_many_streams(start_proxy, host, connect, worker):
     refused = connect(proxy).request("POST", "/").response()
     error(refused, 503, "too_many_streams")
     assert refused.header("Retry-After").isdigit()
+    # Guardada, a conexão de quem foi recusado ocuparia um descritor.
+    assert refused.header("Connection") == "close"
+    assert refused.conn.at_end()
     worker.idle()
     assert connect(proxy).request("GET", "/ping").response().body() == b"pong"
     task.finish("ok")
@@ -741,6 +762,12 @@ def origins(response):
         ("https://a.test", "null", None),
         ("https://a.test", None, None),
         ("", "https://a.test", None),
+        ("https://a.example:443", "https://a.example", "https://a.example"),
+        ("http://a.example:80/", "http://a.example", "http://a.example"),
+        ("http://a.example:443", "http://a.example:443", "http://a.example:443"),
+        ("http://a.example:443", "http://a.example", None),
+        ("https://exemplo.ção", "https://exemplo.xn--o-xfal", "https://exemplo.xn--o-xfal"),
+        ("http://[::1]:8080", "http://[::1]:8080", "http://[::1]:8080"),
     ],
 )
 def test_cors(setting, origin, allowed, start_proxy, host, connect, worker):
@@ -789,6 +816,42 @@ def test_cors_preflight(start_proxy, host, fetch, worker):
     other = fetch(proxy, "OPTIONS", "/x", {**asked, "Origin": "https://outro.test"})
     for name in ("Origin", "Methods", "Headers", "Private-Network"):
         assert other.header(f"Access-Control-Allow-{name}") is None
+    worker.idle()
+
+
+unfinished = {
+    "cabeçalhos": b"X-Lento: a",
+    "corpo": b"Content-Length: 10\r\n\r\nabc",
+    "pedaços": b"Transfer-Encoding: chunked\r\n\r\n5\r\nab",
+}
+
+
+@pytest.mark.parametrize("rest", unfinished.values(), ids=unfinished)
+@pytest.mark.parametrize(("origin", "allowed"), [("https://a.test", "https://a.test"), ("https://b.test", None)])
+def test_cors_of_a_late_request(origin, allowed, rest, start_proxy, host, connect, worker):
+    """O 408 de um pedido que não chegou inteiro, mas cujo Origin chegou, pode ser lido pela página que o fez."""
+    proxy = start_proxy("--cors-origin", "https://a.test", "--request-timeout", "2000")
+    conn = connect(proxy)
+    conn.send(b"POST / HTTP/1.1\r\nHost: x\r\nOrigin: %s\r\n%s" % (origin.encode(), rest))
+    response = conn.response()
+    error(response, 408, "request_timeout")
+    assert origins(response) == (allowed, {"origin"})
+    assert conn.at_end()
+    worker.idle()
+
+
+@pytest.mark.parametrize(("origin", "allowed"), [("https://a.test", "https://a.test"), ("https://b.test", None)])
+def test_cors_of_a_huge_header(origin, allowed, start_proxy, host, connect, worker):
+    """O 431 de um cabeçalho enorme que vem depois do Origin também, caiba ele ou não no que o servidor lê."""
+    proxy = start_proxy("--cors-origin", "https://a.test")
+    for size in (70000, 1000000):
+        conn = connect(proxy)
+        # Recusado antes do fim, o envio pode falhar; a resposta ainda deve poder ser lida.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            conn.request("POST", "/", {"Origin": origin, "X-Enorme": "a" * size})
+        response = conn.response()
+        error(response, 431, "headers_too_large")
+        assert origins(response) == (allowed, {"origin"})
     worker.idle()
 
 

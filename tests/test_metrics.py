@@ -139,6 +139,18 @@ def test_every_end(host, start_metered, connect, worker):
     assert end[prefix + "streams_limit", ()] == 4096
 
 
+def test_no_first_line(host, start_metered, connect, worker):
+    """Um elemento vazio, que não é uma linha, e depois MAXTIME: a linha do erro não conta como a primeira do worker."""
+    meter = start_metered("--maxtime", "4000", "-P", 0)
+    response, task = support.open_stream(connect, meter.proxy, worker)
+    task.push("")
+    harness.eventually(lambda: not task.client.exists(task.list), 5, "elemento vazio retirado")
+    assert len(response.lines()) == 1
+    meter.reaches(1, "tasks_total", reason="timeout")
+    assert meter.get("lines_total") == 1
+    assert meter.get("first_line_seconds_count") == 0
+
+
 def test_refusals(host, start_metered, start_redis, connect, fetch):
     """Cada recusa conta uma vez, com o status e o código do corpo: as da aplicação e as do servidor HTTP."""
     server = start_redis()

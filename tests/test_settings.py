@@ -476,6 +476,22 @@ def test_wrong_values(name, layer, tmp_path):
     assert any(text in sentence for text in where), sentence
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("https://*.example.com", "https://user@a.example", "https://user:senha@a.example", "https://a.example?x"),
+        *("https://a.example#x", "https://a.example/x", "https://a.example:99999", "https://a.example:0"),
+        *("https://a.example:", "https://a.example:80:80", "https://", "a.example", "https://[::1", "https://::1"),
+        *("https://a..example", f"https://{'a' * 64}.example", "https://a.test,https://*.test", "*,https://a.test"),
+    ],
+)
+def test_wrong_origins(value, tmp_path):
+    """Uma origem que navegador algum enviaria não serve, sozinha ou entre outras: uma frase no início, código 2."""
+    done = harness.run_proxy("--cors-origin", value, env={"ENV_FILE": write_env(tmp_path, "")})
+    sentence = one_sentence(done, 2)
+    assert "CORS_ORIGIN" in sentence and repr(value) in sentence
+
+
 @pytest.mark.parametrize("flag", ["-S", "-X", "-L", "-C", "-E", "-s"])
 def test_argument_outside_utf8(flag):
     """Bytes que não são UTF-8, que o Redis recusaria no meio do serviço: uma frase no início, código 2."""

@@ -7,6 +7,7 @@ import contextlib
 import pytest
 
 import harness
+import peers
 
 limit = 65536
 codes = {
@@ -108,6 +109,10 @@ edges = [
     ("tamanho-vazio", post(b"Content-Length:", body=b""), 400),
     ("tamanho-e-pedaços", post(b"Content-Length: 5", b"Transfer-Encoding: chunked", body=b"0\r\n\r\n"), 400),
     ("pedaços-em-1.0", b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    ("codificação-vazia", post(b"Transfer-Encoding:", body=b"0\r\n\r\n"), 501),
+    ("codificação-vazia-e-tamanho", post(b"Transfer-Encoding:", b"Content-Length: 2", body=b"ab"), 501),
+    ("tamanho-e-codificação-vazia", post(b"Content-Length: 2", b"Transfer-Encoding: \t ", body=b"ab"), 501),
+    ("codificação-vazia-em-1.0", b"POST / HTTP/1.0\r\nTransfer-Encoding:\r\n\r\n", 501),
     ("codificação-gzip", post(b"Transfer-Encoding: gzip", body=b"0\r\n\r\n"), 501),
     ("codificação-dupla", post(b"Transfer-Encoding: chunked, chunked", body=b"0\r\n\r\n"), 501),
     ("codificação-suja", post(b"Transfer-Encoding: chunked\x0b", body=b"0\r\n\r\n"), 400),
@@ -143,6 +148,47 @@ def test_edge(name, raw, status, shared_proxy, connect, worker):
     assert (response.header("Allow") is not None) == (status == 405)
     # Um método que não se atende não estraga a conexão; o resto, sim.
     assert status == 405 or conn.at_end()
+    worker.idle()
+
+
+# O começo de um corpo em pedaços e o que o segue, sem fim. Um rodapé de muitas linhas, que o flask lê sem guardar, ele só
+# recusa no prazo de REQUEST_TIMEOUT.
+endless = {
+    "tamanho": (b"", b"0"),
+    "extensão": (b"1;", b"a"),
+    "segundo-tamanho": (b"1\r\na\r\n", b"0"),
+    "rodapé": (b"0\r\nX-Final: ", b"a"),
+    "rodapé-de-muitas-linhas": (b"0\r\n", b"X-Final: a\r\n"),
+}
+storm = 32 * 2**20
+
+
+@pytest.mark.parametrize("kind", endless)
+def test_endless_chunk_line(kind, start_proxy, host, connect, worker):
+    """A linha que abre um pedaço e o rodapé do corpo têm limite: passados 64 KiB, 400; e a memória não cresce com o que
+    ainda chega."""
+    start, rest = endless[kind]
+    timeout = 500 if host == "flask" and kind == "rodapé-de-muitas-linhas" else 60000
+    proxy = start_proxy("--request-timeout", timeout)
+    peers.warm(proxy)
+    before = peers.memory(proxy.pid)
+    conn = connect(proxy).request("POST", "/", [("Transfer-Encoding", "chunked")])
+    piece = (rest * limit)[:limit]
+    # Recusado antes do fim, o envio pode falhar; a resposta ainda deve poder ser lida.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        conn.send(start + piece + piece)
+    response = conn.response()
+    if timeout == 60000:
+        assert (response.status, response.json()["error"]) == (400, "bad_request")
+    else:
+        assert response.status in (400, 408), response.head
+    assert response.header("Connection") == "close"
+    with contextlib.suppress(OSError):
+        for _ in range(storm // limit):
+            conn.send(piece)
+    grown = peers.memory(proxy.pid) - before
+    assert grown < storm // 4096, f"{grown} KiB a mais"
+    conn.close()
     worker.idle()
 
 

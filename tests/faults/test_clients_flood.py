@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import pathlib
+import re
 import resource
 import time
 
@@ -14,16 +16,25 @@ import support
 
 @pytest.fixture
 def start_limited(start_proxy, monkeypatch):
-    """Fábrica de proxies que nascem com poucos descritores: start_limited(limite, *flags), como o LimitNOFILE do systemd.
+    """Fábrica de proxies que nascem com um limite do sistema: start_limited(limite, *flags), como o LimitNOFILE do systemd.
 
     Retorno:
         Função que devolve um harness.proxy_process.
     """
 
-    def start(limit, *flags, **options):
-        """Inicia um. Argumentos: limit, o de descritores; os demais, de start_proxy. Retorno: o proxy."""
+    def start(limit, *flags, name="nofile", **options):
+        """Inicia um.
+
+        Argumentos:
+            limit: o limite.
+            name: o nome dele para o prlimit; sem ele, o de descritores.
+            flags, options: os de start_proxy.
+
+        Retorno:
+            O proxy.
+        """
         plain = harness.background.spawn
-        wrapper = ["prlimit", f"--nofile={limit}:{limit}", "--"]
+        wrapper = ["prlimit", f"--{name}={limit}:{limit}", "--"]
         with monkeypatch.context() as patch:
             patch.setattr(
                 harness.background, "spawn", lambda self, command, env: plain(self, [*wrapper, *command], env)
@@ -58,6 +69,7 @@ def flood(connect, proxy, count, timeout=10.0):
             assert answer.status == 503, answer.head
             assert answer.json()["error"] == "too_many_streams"
             assert int(answer.header("Retry-After")) > 0
+            assert answer.header("Connection") == "close"
             conn.close()
     return accepted, statuses
 
@@ -192,3 +204,80 @@ def test_out_of_descriptors(count, start_redis, start_proxy, host, connect, star
     for each, own in again:
         own.finish("ok")
         assert each.lines() == [b"ok"]
+
+
+# Pilha de cada linha de execução do proxy, e a memória que lhe resta: cabe tudo, menos uma pilha.
+stack = 64 * 2**20
+spare = 40 * 2**20
+
+
+@contextlib.contextmanager
+def without_threads(proxy):
+    """Faz o sistema recusar linhas de execução novas a um proxy vivo durante um bloco: falta memória para a pilha delas.
+
+    Argumentos:
+        proxy: o proxy, nascido com pilhas de stack bytes.
+    """
+    old = resource.prlimit(proxy.pid, resource.RLIMIT_AS)
+    size = re.search(r"^VmSize:\s+(\d+)", pathlib.Path(f"/proc/{proxy.pid}/status").read_text(), re.MULTILINE)
+    resource.prlimit(proxy.pid, resource.RLIMIT_AS, (int(size[1]) * 1024 + spare, old[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(proxy.pid, resource.RLIMIT_AS, old)
+
+
+@peers.counted(60, 1000, "clientes")
+def test_out_of_threads(count, start_limited, host, connect, worker):
+    """O sistema não dá mais linhas de execução: o streaming em curso segue, cada cliente é atendido ou recebe 503, o log
+    diz em uma linha o que aumentar, e depois todos são atendidos."""
+    peers.allow_descriptors(count + 500)
+    proxy = start_limited(stack, "-P", 0, "-t", 600000, name="stack")
+    rest = peers.warm(proxy)
+    response, task = support.open_stream(connect, proxy, worker)
+    began = time.monotonic()
+    with without_threads(proxy):
+        for _ in range(2):
+            accepted, statuses = flood(connect, proxy, count, 30)
+            peers.say(f"{count} pedidos sem linhas de execução ({host}): {dict(statuses)}")
+            assert statuses[503] > 0, statuses
+            finish_all(worker, accepted)
+        task.push("durante")
+        assert response.line() == b"durante"
+    took = time.monotonic() - began
+    task.finish("depois")
+    assert response.lines() == [b"depois"]
+    response.conn.close()
+    lines = [line for line in other_lines(proxy) if not line.startswith("pronto:")]
+    assert 1 <= len(lines) <= 1 + took / 60, lines[:5]
+    assert all(line.startswith("aviso: ") and "TasksMax" in line for line in lines), lines[:5]
+    back = peers.settle(proxy, rest)
+    peers.say(f"linhas de execução e descritores de volta ao repouso em {back:.1f} s")
+    accepted, statuses = flood(connect, proxy, count, 30)
+    assert statuses == {200: count}
+    finish_all(worker, accepted)
+
+
+@peers.counted(200, 1000, "clientes")
+def test_refused_clients_that_stay(count, start_limited, host, connect, worker):
+    """Quem recebe 401 ou 503 e não fecha a conexão não ocupa os descritores, que são menos que os clientes: todos têm
+    resposta, e /ping segue respondendo."""
+    peers.allow_descriptors(2 * count + 500)
+    proxy = start_limited(140, "-t", 600000, env={"AUTH_TOKEN": "segredo"})
+    token = {"Authorization": "Bearer segredo"}
+    streams, tasks = [], []
+    while (answer := connect(proxy).request("POST", "/", token).response()).status == 200:
+        streams.append(answer)
+        tasks.append(worker.next())
+    assert streams
+    for number in range(count):
+        answer = connect(proxy).request("POST", "/", {} if number % 2 else token).response(20)
+        assert answer.status == (401 if number % 2 else 503), answer.head
+        assert answer.header("Connection") == "close"
+    pings = peers.ping_times(proxy.port, 0.5)
+    peers.say(f"{count} recusados que ficam ({host}), {len(tasks)} streams; /ping: {peers.spread(pings)}")
+    assert max(pings) < 10, peers.spread(pings)
+    for task in tasks:
+        task.finish("ok")
+    for answer in streams:
+        assert answer.lines() == [b"ok"]

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import pathlib
 import selectors
 import statistics
 import threading
@@ -195,6 +196,116 @@ def test_slow_but_in_time(start_proxy, host, connect, worker):
         assert response.line() == str(number).encode()
     task.finish()
     assert response.lines() == []
+
+
+def unread(conn):
+    """Mede o que o proxy ainda não leu do que esta conexão enviou, como o sistema o conta.
+
+    Argumentos:
+        conn: a harness.connection.
+
+    Retorno:
+        Bytes (int); 0 se o proxy já fechou a conexão.
+    """
+    near, far = conn.sock.getsockname()[1], conn.sock.getpeername()[1]
+    for row in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, _, queues = row.split()[:5]
+        if (int(local.partition(":")[2], 16), int(remote.partition(":")[2], 16)) == (far, near):
+            return int(queues.partition(":")[2], 16)
+    return 0
+
+
+class trickle(threading.Thread):
+    """Envia um byte por vez até que o outro lado feche."""
+
+    def __init__(self, conn, pace=0.2):
+        """Começa. Argumentos: conn, a harness.connection; pace, o intervalo entre dois bytes, em segundos."""
+        super().__init__(name="trickle", daemon=True)
+        self.conn, self.pace = conn, pace
+        self.halt = threading.Event()
+        self.start()
+
+    def run(self):
+        """Envia até não poder mais ou até close."""
+        with contextlib.suppress(OSError):
+            while not self.halt.wait(self.pace):
+                self.conn.sock.send(b"a")
+
+    def close(self):
+        """Para e espera a linha de execução."""
+        self.halt.set()
+        self.join(10)
+        assert not self.is_alive()
+
+
+@contextlib.contextmanager
+def trickling(conn):
+    """Mantém um trickle durante um bloco. Argumentos: conn, a harness.connection. Retorno: gera uma vez."""
+    made = trickle(conn)
+    try:
+        yield
+    finally:
+        made.close()
+
+
+def assert_late(conn, limit):
+    """Confere que um pedido que pinga é derrubado no prazo: com um 408 em JSON e o fechamento, ou só com este.
+
+    Argumentos:
+        conn: a harness.connection.
+        limit: prazo, em segundos.
+    """
+    answer = conn.expect()
+    try:
+        conn.read_until(lambda: answer.ended, limit, "o 408")
+    except (harness.broken, ConnectionResetError):
+        assert answer.head is None, answer.head
+        return
+    assert (answer.status, answer.json()["error"]) == (408, "request_timeout")
+    assert answer.header("Connection") == "close"
+    assert conn.at_end()
+
+
+def begin_second(conn, server):
+    """Pede /ping e começa outro pedido antes que o primeiro possa ser respondido.
+
+    Argumentos:
+        conn: a harness.connection.
+        server: o harness.redis_server, que fica congelado enquanto isso.
+
+    Retorno:
+        A response do primeiro.
+    """
+    server.freeze()
+    # Quem demora demais encontra a conexão já respondida e fechada.
+    with contextlib.suppress(OSError):
+        for part in (b"GET /ping HTTP/1.1\r\nHost: proxy.test\r\n\r\n", b"GET /x HTTP/1.1\r\nX-A: "):
+            conn.send(part)
+            # Cada parte é lida por si.
+            harness.eventually(lambda: not unread(conn), 10, "bytes lidos pelo proxy")
+    server.thaw()
+    return conn.response()
+
+
+def test_second_request_of_a_connection(start_redis, start_proxy, connect):
+    """1 pedido que começa enquanto outro, da mesma conexão, é atendido, e nunca termina: o prazo também é dele. O flask,
+    que atende um por conexão, nem o lê."""
+    server = start_redis()
+    proxy = start_proxy("--request-timeout", round(deadline * 1000), redis=server, host="waitress")
+    rest = peers.warm(proxy)
+    # Numa máquina ocupada demais o Redis congelado pode passar da paciência do proxy, que então fecha a conexão.
+    for _ in range(5):
+        conn = connect(proxy)
+        response = begin_second(conn, server)
+        if response.status == 200:
+            break
+    assert (response.status, response.body()) == (200, b"pong")
+    with trickling(conn):
+        assert_late(conn, deadline + slack + 2)
+    conn.close()
+    assert not server.client().keys("*")
+    assert "tarefa=" not in proxy.log()
+    peers.settle(proxy, rest)
 
 
 def test_endless_sender_after_the_answer(start_proxy, host, connect, worker):
