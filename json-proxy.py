@@ -3641,7 +3641,8 @@ def host_error(status, head):
         status (int): status HTTP.
         head (bytes): o que se leu da linha de requisição e dos cabeçalhos.
     Retorna:
-        tuple: (corpo em bytes, lista de pares de cabeçalhos, sem Content-Length).
+        tuple: (corpo em bytes, vazio se quem pediu foi HEAD; lista de pares de
+        cabeçalhos, sem Content-Length).
     """
     code, message = error_codes.get(status, error_codes[400 if status < 500 else 500])
     if meter is not None:
@@ -3655,7 +3656,7 @@ def host_error(status, head):
         headers += ask_token
     if status == 503:
         headers += retry_later
-    return error_line(code, message), headers
+    return b"" if head.startswith(b"HEAD ") else error_line(code, message), headers
 
 
 # =============================================================================
@@ -3829,7 +3830,11 @@ class chunked_input(werkzeug.serving.DechunkedInput):
         Levanta:
             OSError: se a linha não é válida.
         """
-        size = self._rfile.readline(4096).partition(b";")[0].strip(b" \t\r\n")
+        line = self._rfile.readline(line_limit)
+        if not line.endswith(b"\n"):
+            # O resto de uma extensão sem fim passaria por conteúdo.
+            raise OSError("chunk inválido")
+        size = line.partition(b";")[0].strip(b" \t\r\n")
         # int() sozinho aceitaria "0x5", "+5" e "1_0".
         if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", size):
             raise OSError("chunk inválido")
@@ -4383,9 +4388,9 @@ class waitress_parser(waitress.parser.HTTPRequestParser):
         if isinstance(self.error, waitress.utilities.RequestHeaderFieldsTooLarge):
             # Nesse caso o waitress lê, no lugar dos cabeçalhos, uma requisição inventada.
             self.head = before + data
-        if leading_blank.match(start):
+        if self.empty or leading_blank.match(start):
             # O waitress tira qualquer espaço do começo; a RFC 9112 (2.2), só um CRLF.
-            self.refusal, self.completed = 400, True
+            self.refusal, self.completed, self.empty = 400, True, False
         if not self.headers_finished and not self.completed:
             self.refusal = self.unfinished_error(len(data))
             self.completed = self.refusal > 0

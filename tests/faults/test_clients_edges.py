@@ -3,6 +3,8 @@
 Os limites são um só nos dois: 64 KiB de linha de requisição, 64 KiB e 100 cabeçalhos."""
 
 import contextlib
+import re
+import socket
 
 import pytest
 
@@ -197,4 +199,40 @@ def test_options_asterisk(shared_proxy, connect, worker):
     response = connect(shared_proxy).request("OPTIONS", "*").response()
     assert response.status == 204
     assert "POST" in response.header("Allow")
+    worker.idle()
+
+
+def answer_to(proxy, payload):
+    """Envia bytes crus e lê até o fim da conexão. Argumentos: o proxy e os bytes. Retorno: o que veio (bytes)."""
+    with socket.create_connection(("127.0.0.1", proxy.port), 10) as sock:
+        sock.sendall(payload)
+        parts = []
+        with contextlib.suppress(ConnectionResetError):
+            while part := sock.recv(65536):
+                parts.append(part)
+    return b"".join(parts)
+
+
+def test_long_chunk_extension_is_one_line(start_proxy, host, worker):
+    """Uma extensão de chunk vai até o fim da linha, por longa que seja: o que há nela não vira corpo, e o corpo falta."""
+    proxy = start_proxy("--request-timeout", 500)
+    head = b"POST / HTTP/1.1\r\nHost: proxy.test\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = answer_to(proxy, head + b"5;" + b"a" * 4094 + b"hello\r\n0\r\n\r\n")
+    assert re.match(rb"HTTP/1\.[01] 40[08] ", answer), answer
+    worker.idle()
+
+
+@pytest.mark.parametrize("rows", [b"", b"Host: a\r\nHost: b\r\n", b"Host: a\r\nContent-Length: 9\r\n"], ids=["400", "dois", "408"])
+def test_refused_head_has_no_body(start_proxy, host, rows):
+    """O erro de um HEAD vem sem corpo (RFC 9110, 9.3.2), seja ele recusado antes ou durante a leitura."""
+    proxy = start_proxy("--request-timeout", 500)
+    answer = answer_to(proxy, b"HEAD / HTTP/1.1\r\n" + rows + b"Connection: close\r\n\r\n")
+    assert re.match(rb"HTTP/1\.[01] (200|40[08]) ", answer), answer
+    assert answer.endswith(b"\r\n\r\n") and answer.count(b"\r\n\r\n") == 1, answer
+
+
+def test_blank_lines_are_no_request(start_proxy, host, worker):
+    """Linhas em branco repetidas não seguram a conexão: uma só é tolerada antes de um pedido."""
+    proxy = start_proxy("--request-timeout", 1000)
+    assert answer_to(proxy, b"\r\n\r\n" * 3).split(b" ", 2)[1] == b"400"
     worker.idle()
