@@ -4335,6 +4335,8 @@ class waitress_parser(waitress.parser.HTTPRequestParser):
 
     refusal = 0
     head = b""
+    # O waitress os supõe em qualquer requisição, também na que não pôde ler.
+    command = path = ""
 
     def parse_header(self, header_plus):
         """Lê a linha de requisição e os cabeçalhos.
@@ -4706,7 +4708,12 @@ class waitress_dispatcher(waitress.task.ThreadedTaskDispatcher):
                     self.thread_exit_cv.notify()
                     return
                 task = self.queue.popleft()
-            task.service()
+            try:
+                task.service()
+            except Exception as error:
+                # A thread acabaria e continuaria contada.
+                log.error("falha interna em uma conexão: %s: %s", type(error).__name__, error)
+                task.cancel()
 
     def wait_task(self):
         """Espera por uma conexão, com a trava na mão.

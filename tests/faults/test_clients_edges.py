@@ -236,3 +236,22 @@ def test_blank_lines_are_no_request(start_proxy, host, worker):
     proxy = start_proxy("--request-timeout", 1000)
     assert answer_to(proxy, b"\r\n\r\n" * 3).split(b" ", 2)[1] == b"400"
     worker.idle()
+
+
+def test_refused_client_that_is_already_gone(start_proxy, host, fetch):
+    """Quem é recusado e já saiu não deixa traceback no log, nem custa uma thread."""
+    proxy = start_proxy()
+    for _ in range(60):
+        with socket.create_connection(("127.0.0.1", proxy.port), 10) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            sock.sendall(b"LIXO\r\n\r\n")
+    assert fetch(proxy, "GET", "/ping").status == 200
+
+
+def test_unread_request_has_what_waitress_assumes():
+    """O waitress escreve no log o caminho de quem saiu: sem ele, a thread de uma requisição ilegível morria."""
+    module = harness.load_program()
+    unread = module.waitress_parser(module.waitress.adjustments.Adjustments())
+    unread.received(b"LIXO\r\n\r\n")
+    assert unread.completed and unread.error.code == 400
+    assert (unread.path, unread.command) == ("", "")
