@@ -52,6 +52,26 @@ def start_relay():
         yield start
 
 
+@pytest.fixture
+def open_through_relay(start_redis, start_relay, start_proxy, connect, start_worker):
+    """Abre um streaming num proxy ligado ao Redis por um support.relay, e confere que as linhas passam.
+
+    Retorno:
+        Função que, dados os argumentos do proxy, devolve (server, relay, proxy, response, task).
+    """
+
+    def start(*flags):
+        """Abre um. Argumentos: flags, os do proxy. Retorno: a tupla acima."""
+        server = start_redis()
+        relay = start_relay(server.port)
+        proxy = start_proxy(*flags, env={"REDIS_SERVER": relay.address}, redis=server)
+        response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+        push_into_silence(response, task, 3, 0.1)
+        return server, relay, proxy, response, task
+
+    return start
+
+
 def numbered(count):
     """Monta as linhas que um support.pusher empurra. Argumentos: count. Retorno: lista de bytes."""
     return [f'{{"n": {number}}}'.encode() for number in range(count)]
@@ -584,13 +604,9 @@ def test_redis_full_in_mid_stream(start_redis, start_proxy, host, fetch, connect
     worker.idle()
 
 
-def test_stalled_wake_connection(start_redis, start_relay, start_proxy, host, connect, start_worker):
+def test_stalled_wake_connection(open_through_relay, host):
     """A conexão dos avisos emudece sem cair: as linhas vêm dentro de INTERVAL, e em segundos ela é dada por perdida."""
-    server = start_redis()
-    relay = start_relay(server.port)
-    proxy = start_proxy("-i", 300, env={"REDIS_SERVER": relay.address}, redis=server)
-    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
-    push_into_silence(response, task, 3, 0.1)
+    _, relay, proxy, response, task = open_through_relay("-i", 300)
     relay.drop(b"message")
     relay.drop(b"pong")
     push_into_silence(response, task, 5, 0.3)
@@ -601,13 +617,9 @@ def test_stalled_wake_connection(start_redis, start_relay, start_proxy, host, co
     task.gone()
 
 
-def test_wake_connection_that_never_opens(start_redis, start_relay, start_proxy, host, connect, start_worker):
+def test_wake_connection_that_never_opens(open_through_relay, host):
     """Os avisos caem, e o Redis não responde a uma conexão nova: as linhas vêm dentro de INTERVAL, sem esperar por ela."""
-    server = start_redis()
-    relay = start_relay(server.port)
-    proxy = start_proxy("-i", 200, env={"REDIS_SERVER": relay.address}, redis=server)
-    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
-    push_into_silence(response, task, 3, 0.1)
+    server, relay, proxy, response, task = open_through_relay("-i", 200)
     relay.mute(b"py-ndjson-proxy-wake")
     kill_connection(server, "py-ndjson-proxy-wake")
     proxy.wait_log(support.polling_only)
@@ -641,13 +653,9 @@ def test_task_replaced_while_a_connection_is_away(start_redis, start_proxy, host
 
 
 @pytest.mark.parametrize("junk", [b"$abc\r\n", b":x\r\n", b"*zz\r\n", b"*1\r\n" * 3000, b"HTTP/1.1 400 Bad Request\r\n\r\n"])
-def test_reply_outside_the_protocol(start_redis, start_relay, start_proxy, host, fetch, connect, start_worker, junk):
+def test_reply_outside_the_protocol(open_through_relay, host, fetch, junk):
     """O Redis responde o que não é do protocolo: o proxy reabre a conexão, e nenhum stream é esquecido."""
-    server = start_redis()
-    relay = start_relay(server.port)
-    proxy = start_proxy("--wake", "off", "-i", 100, env={"REDIS_SERVER": relay.address}, redis=server)
-    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
-    push_into_silence(response, task, 3, 0.1)
+    _, relay, proxy, response, task = open_through_relay("--wake", "off", "-i", 100)
     relay.spoil(junk)
     proxy.wait_log("Redis de volta")
     push_into_silence(response, task, 3, 0.1)

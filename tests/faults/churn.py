@@ -157,6 +157,7 @@ class producer(threading.Thread):
         self.worker.close()
         self.client.close()
         self.client.connection_pool.disconnect()
+        assert self.failure is None, self.failure
 
 
 class visitor(peers.talk):
