@@ -1113,8 +1113,6 @@ def notify_systemd(state):
 redis_timeout = 2.0
 # Tamanho, em bytes, de uma leitura da conexão com o Redis.
 receive_size = 65536
-# Canal em que o Redis publica as chaves que mudaram (CLIENT TRACKING, RESP2).
-wake_channel = "__redis__:invalidate"
 
 # Tirar uma linha precisa ser repetível: se a conexão cai depois do LPOP e antes
 # da resposta, a linha não está mais na lista nem chegou aqui. Por isso o que sai
@@ -1178,8 +1176,8 @@ def redis_pool():
         # rodou; quem decide o que pode ser repetido é o coletor.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
     }
-    # RESP2: os avisos chegam como pub/sub em outra conexão, igual em todas as
-    # versões do redis-py (a 4 não conhece o argumento; a 8 usaria RESP3).
+    # O aperto de mão do redis-py fica em RESP2, o que todas as versões sabem fazer (a 4 não
+    # conhece o argumento; a 8 usaria RESP3); o coletor passa a RESP3 por conta própria.
     if int(redis.__version__.partition(".")[0]) >= 5:
         options["protocol"] = 2
     if REDIS_SERVER.url.startswith("sentinel:"):
@@ -1250,6 +1248,7 @@ class redis_link:
         self.is_open = False
         self.socket = None
         self.buffer, self.position = b"", 0
+        self.pushes = []
 
     def open(self):
         """Abre (ou reabre) a conexão, autentica e escolhe o database.
@@ -1281,6 +1280,7 @@ class redis_link:
         self.is_open = False
         self.socket = None
         self.buffer, self.position = b"", 0
+        self.pushes = []
         self.connection.disconnect()
 
     def call(self, commands):
@@ -1320,7 +1320,7 @@ class redis_link:
         ]))
 
     def read(self):
-        """Lê uma resposta, esperando por ela.
+        """Lê uma resposta, esperando por ela; guarda os avisos que vierem antes.
 
         Retorna:
             object: int, bytes, list, None ou redis.ResponseError.
@@ -1329,36 +1329,73 @@ class redis_link:
             redis.InvalidResponse: se o que chegou não é do protocolo.
         """
         while True:
-            try:
-                reply, end = parse_reply(self.buffer, self.position)
-            except (ValueError, RecursionError):
-                raise redis.InvalidResponse("resposta fora do protocolo") from None
-            if end > 0:
-                self.position = end
+            is_push, reply, missing = self.next_reply()
+            if missing:
+                self.receive(missing)
+            elif is_push:
+                self.pushes.append(reply)
+            else:
                 return reply
-            self.receive(-end)
 
-    def receive_words(self):
-        """Lê o que chegar e o divide em palavras do protocolo, sem as interpretar.
-
-        Nos avisos só importam os nomes de chaves nossas, e quase todas as palavras
-        podem ser de outros proxies: dividir custa um décimo de interpretar.
+    def next_reply(self):
+        """Tira do buffer o que vem primeiro, uma resposta ou um aviso.
 
         Retorna:
-            list[bytes]: palavras inteiras; o resto fica no buffer.
+            tuple: (verdadeiro se é um aviso, conteúdo, bytes que faltam); se faltam, nada
+            foi tirado.
         Levanta:
-            OSError, redis.ConnectionError: se a conexão falhar. BlockingIOError se
-            ela não espera e nada chegou.
+            redis.InvalidResponse: se o que chegou não é do protocolo.
         """
-        self.receive(1)
-        *words, self.buffer = self.buffer.split(b"\r\n")
-        return words
+        try:
+            reply, end = parse_reply(self.buffer, self.position)
+        except (ValueError, RecursionError):
+            raise redis.InvalidResponse("resposta fora do protocolo") from None
+        if end < 0:
+            return False, None, -end
+        is_push = self.buffer.startswith(b">", self.position)
+        self.position = end
+        return is_push, reply, 0
 
-    def receive(self, size):
+    def listen(self):
+        """Lê, sem esperar, o que o Redis mandou sem que se pedisse: só avisos.
+
+        Levanta:
+            OSError, redis.ConnectionError: se a conexão falhar. BlockingIOError ou
+            ssl.SSLWantReadError se nada inteiro chegou.
+        """
+        if not isinstance(self.socket, ssl.SSLSocket):
+            self.receive(1, socket.MSG_DONTWAIT)
+            return
+        self.socket.setblocking(False)
+        try:
+            self.receive(1)
+        finally:
+            self.socket.settimeout(redis_timeout)
+
+    def take_pushes(self):
+        """Entrega os avisos que já chegaram inteiros.
+
+        Retorna:
+            list: um por aviso: nomes das chaves que mudaram, ou None se mudaram todas.
+        Levanta:
+            redis.InvalidResponse: se chegou uma resposta que ninguém pediu.
+        """
+        while self.position < len(self.buffer):
+            is_push, reply, missing = self.next_reply()
+            if missing:
+                break
+            if not is_push:
+                raise redis.InvalidResponse("resposta sem pergunta")
+            self.pushes.append(reply)
+        pushes, self.pushes = self.pushes, []
+        return [push[1] for push in pushes if push[0] == b"invalidate"]
+
+    def receive(self, size, flags=0):
         """Acrescenta ao buffer o que chegar da conexão.
 
         Argumentos:
             size (int): mínimo de bytes que faltam à resposta.
+            flags (int): opções do recv; no TLS, nenhuma.
         Levanta:
             OSError, redis.ConnectionError: se a conexão falhar; o que já chegou
             fica no buffer.
@@ -1368,7 +1405,7 @@ class redis_link:
         parts = [self.buffer[self.position:]]
         try:
             while size > 0:
-                part = self.socket.recv(receive_size)
+                part = self.socket.recv(receive_size, flags)
                 if not part:
                     raise redis.ConnectionError("conexão fechada pelo servidor")
                 parts.append(part)
@@ -1413,9 +1450,9 @@ def pack_command(count, *parts):
 
 
 def parse_reply(data, start):
-    """Lê uma resposta do protocolo do Redis (RESP2).
+    """Lê uma resposta ou um aviso do protocolo do Redis (RESP3).
 
-    O redis-py também a lê, mas com dois recv() e seis ioctl() por resposta; esta
+    O redis-py também os lê, mas com dois recv() e seis ioctl() por resposta; esta
     leitura está no caminho de toda linha.
 
     Argumentos:
@@ -1424,9 +1461,9 @@ def parse_reply(data, start):
     Retorna:
         tuple: (resposta, posição do fim); se ainda não chegou inteira, (None, o
         mínimo de bytes que faltam, negativo). Um erro do Redis é uma resposta do
-        tipo redis.ResponseError.
+        tipo redis.ResponseError; um mapa, a lista de suas chaves e valores.
     Levanta:
-        redis.InvalidResponse: se os bytes não são do protocolo.
+        redis.InvalidResponse, ValueError: se os bytes não são do protocolo.
     """
     end = data.find(b"\r\n", start)
     if end < 0:
@@ -1444,12 +1481,12 @@ def parse_reply(data, start):
         return text, position
     if mark == b"-":
         return redis.ResponseError(text.decode("utf-8", "replace")), position
-    if mark != b"*":
-        raise redis.InvalidResponse(f"resposta fora do protocolo: {mark!r}")
-    if text == b"-1":
+    if mark == b"_" or text == b"-1":
         return None, position
+    if mark not in (b"*", b">", b"%"):
+        raise redis.InvalidResponse(f"resposta fora do protocolo: {mark!r}")
     items = []
-    for _ in range(int(text)):
+    for _ in range(int(text) * (2 if mark == b"%" else 1)):
         item, position = parse_reply(data, position)
         if position < 0:
             return None, position
@@ -1662,25 +1699,19 @@ def build_task(name, request, body):
 take_lines = 500
 take_bytes = 262144
 round_takes = 128
-# Redes de segurança, em rodízio, a cada prova dos avisos: streams contados, e tarefas
+# Redes de segurança, em rodízio, a cada INTERVAL com avisos: streams contados, e tarefas
 # examinadas uma a uma, pois a contagem não percebe uma tarefa trocada por uma lista.
 count_size = 200
 types_size = 3
 # Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
 answer_timeout = 5.0
 # Tempos do coletor, em segundos: tolerância para um aviso já a caminho, sinal de
-# vida quando nada acontece, novas tentativas dos avisos, e informe ao systemd
-# (WatchdogSec é 30).
+# vida quando nada acontece, e informe ao systemd (WatchdogSec é 30).
 wake_grace = 0.005
-# Com os avisos ligados, um PING na conexão deles prova que nenhum se perdeu: vai
-# probe_grace antes de vencer INTERVAL e, respondido, dispensa a contagem de todos.
-probe_grace = 0.02
 idle_ping = 15.0
-wake_patience = 0.1
-wake_retry = 1.0
+status_interval = 5.0
 # Espera, em segundos, para pedir de novo que se apaguem as chaves que o Redis recusou apagar.
 removal_retry = 2.0
-status_interval = 5.0
 # Procura por listas órfãs: tempo entre duas voltas e entre dois passos de uma volta,
 # em segundos, e chaves olhadas em um passo, que seguram o Redis por menos de 1 ms.
 orphan_interval = 20.0
@@ -1750,12 +1781,10 @@ class collector(threading.Thread):
     """
 
     def __init__(self):
-        """Constrói o coletor sem abrir conexões (veja open_main)."""
+        """Constrói o coletor sem abrir conexões (veja open_link)."""
         super().__init__(name="coletor", daemon=True)
         self.pool = redis_pool()
-        self.main = redis_link(self.pool, program)
-        self.wake = redis_link(self.pool, f"{program}-wake")
-        self.opening = None
+        self.link = redis_link(self.pool, program)
         self.inbox = collections.deque()
         self.alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.poller = select.epoll()
@@ -1770,16 +1799,12 @@ class collector(threading.Thread):
         self.renewals = {}
         self.scripts = None
         self.take_head = b""
-        self.main_fd = self.wake_fd = -1
-        self.wake_error = None
-        self.is_down = self.wake_lost = self.wake_told = self.wake_refused = self.scripts_refused = False
-        self.failures = self.cuts = self.returns = self.wake_cuts = 0
-        self.retry_at = self.wake_retry_at = self.census_at = 0.0
+        self.link_fd = -1
+        self.is_down = self.is_tracked = self.wake_refused = self.scripts_refused = False
+        self.failures = self.cuts = self.returns = 0
+        self.retry_at = self.census_at = 0.0
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
-        self.recount_at = self.stop_at = self.probe_at = self.refused_at = math.inf
-        self.probed_at = 0.0
-        self.wake_id = self.unheard = 0
-        self.is_tracked = False
+        self.recount_at = self.stop_at = self.refused_at = math.inf
         self.refusal = ""
         self.idle_at = time.monotonic() + idle_ping
         self.count_turn = self.types_turn = 0
@@ -1937,15 +1962,14 @@ class collector(threading.Thread):
                 self.sleep()
                 self.read_inbox()
                 self.run_timers(time.monotonic())
-                if self.main.is_open or self.reconnect():
+                if self.link.is_open or self.reconnect():
                     self.go_to_redis(time.monotonic())
             except Exception as error:
                 # Um defeito nosso não pode deixar todos os clientes sem resposta.
                 log.error("falha interna no coletor: %s: %s", type(error).__name__, error)
                 log.debug("falha interna no coletor", exc_info=True)
-                self.lose_main(error)
-        self.main.close()
-        self.wake.close()
+                self.lose_link(error)
+        self.link.close()
 
     def is_finished(self):
         """Diz se o coletor pode parar.
@@ -1972,10 +1996,8 @@ class collector(threading.Thread):
         for descriptor, _ in events:
             if descriptor == self.alarm:
                 os.eventfd_read(self.alarm)
-            elif descriptor == self.wake_fd:
-                self.read_wake()
-            elif descriptor == self.main_fd:
-                self.lose_main(redis.ConnectionError("conexão fechada pelo servidor"))
+            elif descriptor == self.link_fd:
+                self.read_wake_ups()
             else:
                 self.check_client(descriptor)
 
@@ -1986,19 +2008,17 @@ class collector(threading.Thread):
             float: instante do relógio monotônico, em segundos.
         """
         moments = [self.stop_at, self.status_at]
-        if not self.main.is_open:
+        if not self.link.is_open:
             return min(*moments, self.retry_at)
         if any((self.hungry, self.removals, self.suspects, self.strangers, self.orphans, self.queued, self.expired)):
             return 0.0
         moments += [self.idle_at, self.recount_at, self.orphan_at, self.refused_at, self.queue_at]
         if self.waiting:
-            moments += [self.census_at, self.probe_at]
+            moments.append(self.census_at)
         if self.paused:
             moments.append(self.paused[0][0])
         if self.renewals:
             moments.append(next(iter(self.renewals.values())))
-        if self.wake_lost:
-            moments.append(self.wake_retry_at)
         return min(moments)
 
     def read_inbox(self):
@@ -2017,13 +2037,6 @@ class collector(threading.Thread):
             stream = heapq.heappop(self.paused)[2]
             if not stream.ended:
                 self.hungry[stream] = None
-        if self.wake_lost and self.main.is_open and now >= self.wake_retry_at:
-            if self.wake_error:
-                log.warning(
-                    "REDIS_WAKE: a conexão dos avisos caiu (%s); fica só a consulta periódica", reason(self.wake_error)
-                )
-                self.wake_error, self.wake_told = None, True
-            self.open_wake()
         if now >= self.refused_at:
             self.removals += self.refused
             self.refused, self.refused_at = [], math.inf
@@ -2074,16 +2087,16 @@ class collector(threading.Thread):
 
     # -- conexões -------------------------------------------------------------
 
-    def open_main(self):
-        """Abre a conexão principal, carrega os scripts e liga os avisos.
+    def open_link(self):
+        """Abre a conexão, carrega os scripts e liga os avisos.
 
         Levanta:
             redis.RedisError: se o Redis não atender.
         """
-        self.main.open()
+        self.link.open()
         try:
             # Apagar o que não existe não muda nada, e uma réplica recusa.
-            pong, trial, *digests = self.main.call([
+            pong, trial, *digests = self.link.call([
                 ("PING",), ("UNLINK", REDIS_LIST_PREFIX),
                 ("SCRIPT", "LOAD", take_script), ("SCRIPT", "LOAD", search_script),
             ])
@@ -2092,9 +2105,9 @@ class collector(threading.Thread):
             if is_unable(trial):
                 raise trial
             # Quem pode carregar um script pode não poder rodá-lo.
-            refusal = first_error(digests) or first_error(self.main.call([("EVALSHA", digests[1], 0)]))
+            refusal = first_error(digests) or first_error(self.link.call([("EVALSHA", digests[1], 0)]))
         except redis.RedisError:
-            self.main.close()
+            self.link.close()
             raise
         self.scripts = None if refusal else digests
         self.take_head = pack_words("EVALSHA", digests[0], 3) if self.scripts else b""
@@ -2104,121 +2117,41 @@ class collector(threading.Thread):
                 "da conexão pode perder a que estava a caminho", reason(refusal),
             )
         self.scripts_refused = refusal is not None
-        self.main_fd = self.main.fileno()
-        self.poller.register(self.main_fd, select.EPOLLRDHUP)
-        self.failures = 0
-        self.census_at = 0.0
         if REDIS_WAKE:
-            self.open_wake()
-
-    def open_wake(self):
-        """Manda abrir a conexão dos avisos em outra thread.
-
-        Se o Redis não responde a uma conexão nova, esperar aqui pararia os streams,
-        que a principal ainda atende.
-        """
-        self.opening, self.wake_retry_at = redis_link(self.pool, f"{program}-wake"), math.inf
-        try:
-            threading.Thread(target=self.connect_wake, args=(self.opening,), name="avisos", daemon=True).start()
-        except RuntimeError as error:
-            self.accept_wake(self.opening, error)
-
-    def connect_wake(self, link):
-        """Abre a conexão dos avisos, em uma thread própria, e a entrega ao coletor.
-
-        Argumentos:
-            link (redis_link): conexão ainda fechada.
-        """
-        try:
-            link.open()
-            replies = link.call([("CLIENT", "ID"), ("SUBSCRIBE", wake_channel)])
-        except (redis.RedisError, OSError) as error:
-            replies = error
-        self.post(self.accept_wake, link, replies)
-
-    def accept_wake(self, link, replies):
-        """Recebe a conexão dos avisos e pede ao Redis as chaves que mudarem.
-
-        Argumentos:
-            link (redis_link): conexão aberta por connect_wake.
-            replies (list | Exception): respostas dela, ou por que não abriu.
-        """
-        if link is not self.opening:
-            # A principal caiu nesse meio-tempo, e com ela o pedido.
-            link.close()
-            return
-        self.opening, self.wake = None, link
-        if isinstance(replies, Exception):
-            self.lose_wake(replies)
-            return
-        try:
-            refusal = first_error(replies) or first_error(self.main.call(tracking_commands(replies[0])))
-        except (redis.RedisError, OSError) as error:
-            self.lose_main(error)
-            return
-        if refusal and "redirect" in str(refusal):
-            # A conexão dos avisos caiu antes de ser pedida: não é uma recusa.
-            self.lose_wake(refusal)
-            return
-        if refusal:
-            self.wake.close()
-            if not self.wake_refused:
-                log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", reason(refusal))
-            self.wake_refused, self.wake_lost = True, False
-            return
-        self.use_wake(replies[0])
-
-    def use_wake(self, number):
-        """Passa a ouvir os avisos; o que mudou antes deles é procurado agora.
-
-        Argumentos:
-            number (int): CLIENT ID da conexão dos avisos.
-        """
-        self.wake.socket.setblocking(False)
-        self.wake_id, self.unheard = number, 0
-        self.wake_fd = self.wake.fileno()
-        self.poller.register(self.wake_fd, select.EPOLLIN | select.EPOLLRDHUP)
-        if self.wake_told or self.wake_refused:
-            log.info("REDIS_WAKE: avisos do Redis restabelecidos")
-        self.wake_lost = self.wake_told = self.wake_refused = False
-        # A contagem não bastaria: não percebe uma tarefa trocada por uma lista.
+            self.ask_wake_ups()
+        self.link_fd = self.link.fileno()
+        self.poller.register(self.link_fd, select.EPOLLIN | select.EPOLLRDHUP)
+        self.failures = 0
+        # O que mudou enquanto ninguém avisava é procurado agora. Contar não bastaria: não
+        # mostra uma tarefa trocada por uma lista.
         self.suspects = list(self.waiting)
         self.schedule_census(time.monotonic())
 
-    def wake_works(self):
-        """Diz se os avisos estão em uso.
+    def ask_wake_ups(self):
+        """Pede ao Redis que avise, por esta conexão, das chaves que mudarem.
 
-        Retorna:
-            bool: verdadeiro se o Redis está avisando as mudanças.
+        Em RESP3 os avisos vêm em meio às respostas, em ordem: depois de uma resposta,
+        todo aviso do que aconteceu antes dela já chegou, ou chega logo a seguir.
+
+        Levanta:
+            redis.RedisError: se a conexão falhar.
         """
-        return self.wake.is_open
+        refusal = first_error(self.link.call([("HELLO", 3), tracking_command()]))
+        self.is_tracked = refusal is None
+        if refusal and not self.wake_refused:
+            log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", reason(refusal))
+        if self.is_tracked and self.wake_refused:
+            log.info("REDIS_WAKE: avisos do Redis restabelecidos")
+        self.wake_refused = refusal is not None
 
-    def lose_wake(self, error):
-        """Passa à consulta periódica porque a conexão dos avisos caiu.
+    def lose_link(self, error):
+        """Registra que a conexão caiu; a próxima volta a reabre.
 
         Argumentos:
             error (Exception): a causa.
         """
-        self.wake.close()
-        self.wake_fd = -1
-        # A linha de log sai um pouco depois, em run_timers: se a principal também
-        # caiu, o que se sabe em instantes, a linha sobre o Redis já diz tudo.
-        if not self.wake_lost:
-            self.wake_error = error
-            self.wake_cuts += 1
-        self.wake_retry_at = time.monotonic() + (wake_retry if self.wake_lost else wake_patience)
-        self.wake_lost = True
-
-    def lose_main(self, error):
-        """Registra que a conexão principal caiu; a próxima volta a reabre.
-
-        Argumentos:
-            error (Exception): a causa.
-        """
-        self.main.close()
-        self.wake.close()
-        self.opening, self.main_fd, self.wake_fd = None, -1, -1
-        self.wake_lost = False
+        self.link.close()
+        self.link_fd, self.is_tracked = -1, False
         if not self.is_down:
             self.cuts += 1
             log.warning("Redis fora do ar: %s", reason(error))
@@ -2231,7 +2164,7 @@ class collector(threading.Thread):
         self.failures += 1
 
     def reconnect(self):
-        """Tenta reabrir a conexão principal, se for hora ou se alguém espera.
+        """Tenta reabrir a conexão, se for hora ou se alguém espera.
 
         Retorna:
             bool: verdadeiro se o Redis está de volta.
@@ -2240,10 +2173,10 @@ class collector(threading.Thread):
             return False
         failures = self.failures
         try:
-            self.open_main()
+            self.open_link()
         except (redis.RedisError, OSError) as error:
             self.failures = failures
-            self.lose_main(error)
+            self.lose_link(error)
             # Quem chegou durante a tentativa não espera por outra.
             self.read_inbox()
             self.refuse(error)
@@ -2268,32 +2201,28 @@ class collector(threading.Thread):
 
     # -- avisos ---------------------------------------------------------------
 
-    def read_wake(self):
-        """Lê os avisos que já chegaram: cada um traz as chaves que mudaram."""
+    def read_wake_ups(self):
+        """Lê os avisos que chegaram enquanto o coletor dormia, ou a queda da conexão."""
         try:
-            words = self.wake.receive_words()
+            self.link.listen()
         except (BlockingIOError, ssl.SSLWantReadError):
             # No TLS, um registro que ainda não chegou inteiro.
             return
         except (redis.RedisError, OSError) as error:
-            self.lose_wake(error)
+            self.lose_link(error)
             return
-        self.wake_streams(words)
-        if b"$-1" in words or b"*-1" in words:
+        self.hear_wake_ups()
+
+    def hear_wake_ups(self):
+        """Acorda os streams de que falam os avisos já lidos."""
+        try:
+            pushes = self.link.take_pushes()
+        except redis.RedisError as error:
+            self.lose_link(error)
+            return
+        for keys in pushes:
             # FLUSHALL e FLUSHDB avisam sem nomear chaves.
-            self.wake_streams(list(self.names))
-        for _ in range(words.count(b"pong")):
-            self.hear_probe(time.monotonic())
-
-    def hear_probe(self, now):
-        """Adia a contagem, pois todo aviso anterior à prova já chegou.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        """
-        self.unheard -= 1
-        if self.unheard == 0 and self.is_tracked:
-            self.schedule_census(now)
+            self.wake_streams(list(self.names) if keys is None else keys)
 
     def wake_streams(self, keys):
         """Põe na fila da próxima ida os streams à espera cujas chaves mudaram.
@@ -2321,9 +2250,9 @@ class collector(threading.Thread):
         self.idle_at = now + idle_ping
         commands = [command for entry in batch for command in entry.commands]
         try:
-            replies = self.main.call(commands)
+            replies = self.link.call(commands)
         except (redis.RedisError, OSError) as error:
-            self.lose_main(error)
+            self.lose_link(error)
             for entry in batch:
                 entry.on_reply(entry.subject, error)
             if isinstance(error, redis.TimeoutError):
@@ -2337,6 +2266,9 @@ class collector(threading.Thread):
         for entry in batch:
             entry.on_reply(entry.subject, replies[position:position + len(entry.commands)])
             position += len(entry.commands)
+        # Depois das respostas: um aviso que chegou no meio delas pode ser de uma linha posta
+        # depois da retirada que a teria levado.
+        self.hear_wake_ups()
 
     def build_batch(self, now):
         """Reúne os comandos pendentes.
@@ -2367,10 +2299,10 @@ class collector(threading.Thread):
     def build_census(self, now):
         """Monta a consulta periódica, que responde por todos os que esperam.
 
-        Com os avisos ligados basta prová-los ou contar: quase sempre não há nada a
-        buscar. Se a conta não fecha, quase sempre é um aviso a caminho: depois de
-        wake_grace, recontam-se, em fatias, os que ainda esperam, e só na fatia que
-        não fecha procura-se quem é.
+        Com os avisos ligados basta prová-los e contar alguns: quase sempre não há nada a
+        buscar. Se a prova falha ou a conta não fecha, quase sempre é um aviso a caminho:
+        depois de wake_grace, recontam-se, em fatias, os que ainda esperam, e só na fatia
+        que não fecha procura-se quem é.
 
         Argumentos:
             now (float): instante do relógio monotônico, em segundos.
@@ -2382,7 +2314,7 @@ class collector(threading.Thread):
             self.schedule_census(now)
             self.recount_at, self.suspects, self.counted = math.inf, [], []
             return []
-        batch = self.build_probe(now) if now >= self.probe_at else []
+        batch = []
         if now >= self.recount_at:
             self.recount_at = math.inf
             # Quem voltou a esperar depois da conta não foi contado.
@@ -2406,59 +2338,35 @@ class collector(threading.Thread):
         ]
 
     def schedule_census(self, now):
-        """Marca a próxima consulta periódica e a prova que pode dispensá-la.
+        """Marca a próxima consulta periódica.
 
         Argumentos:
             now (float): instante do relógio monotônico, em segundos.
         """
         self.census_at = now + INTERVAL / 1000
-        is_short = 2 * probe_grace >= INTERVAL / 1000
-        self.probe_at = math.inf if is_short or not self.wake_works() else self.census_at - probe_grace
-
-    def build_probe(self, now):
-        """Prova a conexão dos avisos: um PING nela e uma pergunta na principal.
-
-        Os avisos e a resposta ao PING vêm pela mesma conexão, em ordem. A pergunta
-        confirma que o Redis ainda os manda para ela.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        Retorna:
-            list[batch_entry]: a pergunta; vazia se os avisos se perderam.
-        """
-        self.probe_at = math.inf
-        if not self.wake_works():
-            return []
-        if not self.unheard:
-            self.probed_at = now
-        self.unheard += 1
-        try:
-            self.wake.send([("PING",)])
-        except OSError as error:
-            self.lose_wake(error)
-            return []
-        if now >= self.probed_at + redis_timeout:
-            self.lose_wake(redis.TimeoutError("sem resposta do Redis"))
-            return []
-        part, self.count_turn = take_turn(list(self.waiting), self.count_turn, count_size)
-        return [batch_entry([("CLIENT", "GETREDIR")], self.on_probe, None), *self.build_count(part)]
 
     def build_count(self, streams):
-        """Monta uma contagem; sem avisos, a procura.
+        """Monta a prova dos avisos e uma contagem; sem avisos, a procura.
+
+        A prova confirma que o Redis ainda os manda por esta conexão: a ordem dela garante
+        o resto.
 
         Argumentos:
-            streams (list[stream]): streams à espera, todos ou os da vez.
+            streams (list[stream]): todos os que esperam.
         Retorna:
-            list[batch_entry]: a contagem e o exame de algumas tarefas, em rodízio.
+            list[batch_entry]: a prova, o exame de algumas tarefas e a contagem de alguns
+            streams, em rodízio; vazia sem avisos.
         """
-        if not self.wake_works():
+        if not self.is_tracked:
             self.suspects = streams
             return []
-        self.counted, self.census_serial = streams, next(self.order)
-        part, self.types_turn = take_turn(list(self.waiting), self.types_turn, types_size)
+        self.census_serial = next(self.order)
+        typed, self.types_turn = take_turn(streams, self.types_turn, types_size)
+        counted, self.count_turn = take_turn(streams, self.count_turn, count_size)
         return [
-            batch_entry([("TYPE", s.key) for s in part], self.on_types, part),
-            self.count_entry(streams, self.on_count),
+            batch_entry([("CLIENT", "GETREDIR")], self.on_proof, streams),
+            batch_entry([("TYPE", s.key) for s in typed], self.on_types, typed),
+            self.count_entry(counted, self.on_count),
         ]
 
     def count_entry(self, streams, on_reply):
@@ -2644,7 +2552,7 @@ class collector(threading.Thread):
         # Dentro da transação, só a fila pode falhar: não é uma lista.
         error = replies if isinstance(replies, Exception) else first_error(replies) or first_error(replies[-1])
         if is_unable(error):
-            self.lose_main(error)
+            self.lose_link(error)
         if error is None and not stream.ended:
             self.wait_for_lines(stream)
             self.renewals[stream] = time.monotonic() + REDIS_TTL / 3
@@ -2685,7 +2593,7 @@ class collector(threading.Thread):
         if error_code(error) == "NOSCRIPT" or is_unable(error):
             # SCRIPT FLUSH: reabrir a conexão carrega os scripts de novo.
             self.hungry[stream] = None
-            self.lose_main(error)
+            self.lose_link(error)
             return
         if error is not None:
             stream.answers.put(error)
@@ -2709,26 +2617,37 @@ class collector(threading.Thread):
             stream.answers.put(task_key_error(
                 f"a chave da tarefa foi trocada por um valor do tipo {type_name.decode()}: só se aceita uma lista"))
 
-    def on_probe(self, _, replies):
-        """Anota se o Redis ainda manda os avisos para a conexão deles.
+    def on_proof(self, streams, replies):
+        """Conta todos se o Redis não confirma os avisos.
 
         Argumentos:
-            _ (None): sem uso.
-            replies (list | Exception): respostas ou a falha da conexão.
+            streams (list[stream]): todos os que esperavam.
+            replies (list | Exception): zero se os avisos vêm por esta conexão.
         """
-        self.is_tracked = replies == [self.wake_id]
+        if not isinstance(replies, Exception) and replies != [0]:
+            self.recount(streams)
 
     def on_count(self, streams, replies):
-        """Compara a contagem de todos com o esperado.
+        """Compara uma contagem com o esperado.
 
         Argumentos:
             streams (list[stream]): streams contados.
             replies (list | Exception): respostas ou a falha da conexão.
         """
         if not isinstance(replies, Exception) and is_unable(first_error(replies)):
-            self.lose_main(first_error(replies))
+            self.lose_link(first_error(replies))
         elif self.is_good(replies, "a consulta periódica falhou") and replies != [0, len(streams)]:
-            self.recount_at = time.monotonic() + wake_grace
+            self.recount(streams)
+
+    def recount(self, streams):
+        """Marca uma nova contagem, dando tempo a um aviso que já esteja a caminho.
+
+        Argumentos:
+            streams (list[stream]): streams a contar; não substituem uma marcada com mais.
+        """
+        if self.recount_at == math.inf or len(streams) > len(self.counted):
+            self.counted = streams
+        self.recount_at = time.monotonic() + wake_grace
 
     def on_recount(self, streams, replies):
         """Anota para procura a fatia cuja conta não fecha.
@@ -2763,7 +2682,7 @@ class collector(threading.Thread):
         if isinstance(replies, Exception):
             return
         if isinstance(replies[0], redis.ResponseError):
-            self.lose_main(replies[0])
+            self.lose_link(replies[0])
             return
         for position in replies[0]:
             if self.waiting.pop(streams[position], None) is not None:
@@ -2864,22 +2783,17 @@ def companion(name):
     return b""
 
 
-def tracking_commands(number):
+def tracking_command():
     """Monta o pedido dos avisos.
 
-    Argumentos:
-        number (int): CLIENT ID da conexão que os recebe.
     Retorna:
-        list[tuple]: comandos para a conexão principal.
+        tuple: o comando.
     """
     prefixes = {REDIS_PREFIX, REDIS_LIST_PREFIX}
     # O Redis recusa prefixos que se sobrepõem; o mais curto abrange o outro.
     prefixes = [p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)]
     options = [word for prefix in prefixes for word in ("PREFIX", prefix)]
-    return [
-        ("CLIENT", "TRACKING", "OFF"),
-        ("CLIENT", "TRACKING", "ON", "REDIRECT", number, "BCAST", *options, "NOLOOP"),
-    ]
+    return ("CLIENT", "TRACKING", "ON", "BCAST", *options, "NOLOOP")
 
 
 def submit_commands(stream, payload):
@@ -5073,10 +4987,9 @@ class metrics_meter:
             iterator: famílias de métricas.
         """
         yield self.gauge("redis_up", "1 se o Redis responde.", int(not hub.is_down))
-        yield self.counter("redis_cuts", "Quedas do Redis ou da conexão principal.", hub.cuts)
+        yield self.counter("redis_cuts", "Quedas do Redis ou da conexão com ele.", hub.cuts)
         yield self.counter("redis_reconnects", "Voltas do Redis.", hub.returns)
-        yield self.gauge("redis_wake_up", "1 se o Redis avisa as mudanças (REDIS_WAKE).", int(hub.wake_works()))
-        yield self.counter("redis_wake_cuts", "Quedas da conexão dos avisos.", hub.wake_cuts)
+        yield self.gauge("redis_wake_up", "1 se o Redis avisa as mudanças (REDIS_WAKE).", int(hub.is_tracked))
         yield self.histogram("collector_round_seconds", "Duração de uma ida ao Redis.", self.rounds)
         yield self.histogram("collector_round_commands", "Comandos em uma ida ao Redis.", self.commands)
         yield self.histogram("collector_lag_seconds", "Atraso do coletor em relação ao que venceu.", self.lag)
@@ -5431,7 +5344,7 @@ def serve(given):
     global hub, meter
     hub = collector()
     try:
-        hub.open_main()
+        hub.open_link()
     except (redis.RedisError, OSError) as error:
         status, sentence = redis_problem(error, given)
         log.error("%s", sentence)

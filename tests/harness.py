@@ -54,6 +54,9 @@ no_tracking = "user default on nopass ~* &* +@all -client|tracking"
 # Linha de configuração do Redis que retira o comando CLIENT por inteiro.
 no_client_command = 'rename-command CLIENT ""'
 
+# O cliente das provas fala RESP2, para que sirva também a um Redis sem o comando HELLO; o redis-py 4 não fala outro.
+resp2 = {"protocol": 2} if int(redis.__version__.partition(".")[0]) >= 5 else {}
+
 # Linha de log que anuncia o proxy pronto.
 ready_line = re.compile(r"pronto: http://(?P<host>\S+):(?P<port>\d+) \((?P<server>\w+)\)")
 
@@ -380,7 +383,7 @@ class redis_server(background):
         Retorno:
             Um redis.Redis que devolve bytes.
         """
-        merged = {"password": self.password or None, "socket_timeout": 10, **options}
+        merged = {"password": self.password or None, "socket_timeout": 10, **resp2, **options}
         return redis.Redis(host="127.0.0.1", port=self.port, db=db, **merged)
 
     def client(self, db=default_db, **options):

@@ -2,6 +2,7 @@
 queda do Redis, um intermediário que perde pedidos e respostas, e a hora de chegada dada pelo núcleo."""
 
 import contextlib
+import re
 import selectors
 import socket
 import struct
@@ -231,8 +232,8 @@ class relay(threading.Thread):
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(self.bell, selectors.EVENT_READ)
         self.needle, self.left, self.ran, self.cuts = b"", 0, True, 0
-        self.dropped, self.muting, self.junk = (), b"", b""
-        self.doomed, self.muted = set(), set()
+        self.junk, self.stripped = b"", None
+        self.doomed = set()
         self.start()
 
     @property
@@ -250,21 +251,23 @@ class relay(threading.Thread):
         """
         self.needle, self.left, self.ran = needle, times, ran
 
-    def drop(self, needle):
-        """Engole daqui em diante toda resposta que contenha um trecho.
+    def strip(self, name):
+        """Tira daqui em diante, das respostas, os avisos (RESP3) de um tipo, inteiros.
 
         Argumentos:
-            needle: bytes procurados na resposta.
+            name: tipo do aviso; com uma só lista de palavras, como invalidate.
         """
-        self.dropped += (needle,)
+        self.stripped = re.compile(rb">2\r\n\$\d+\r\n%b\r\n\*\d+\r\n(?:\$\d+\r\n[^\r]*\r\n)+" % name)
 
-    def mute(self, needle):
-        """Emudece, dos dois lados e sem a derrubar, toda conexão que daqui em diante fizer um pedido dado.
+    def inject(self, junk):
+        """Manda agora ao proxy, por todas as conexões, o que o Redis não mandou.
 
         Argumentos:
-            needle: bytes procurados no pedido; b"" deixa as próximas passarem.
+            junk: bytes.
         """
-        self.muting = needle
+        for key in list(self.selector.get_map().values()):
+            if key.data and key.data[1]:
+                key.fileobj.sendall(junk)
 
     def spoil(self, junk):
         """Troca a próxima resposta.
@@ -309,12 +312,12 @@ class relay(threading.Thread):
         data = b""
         with contextlib.suppress(OSError):
             data = sock.recv(1 << 20)
-        if is_request and self.muting and self.muting in data:
-            self.muted |= {sock, other}
-        if data and sock in self.muted:
-            return
         if self.junk and data and not is_request:
             data, self.junk = self.junk, b""
+        if self.stripped and data and not is_request:
+            data = self.stripped.sub(b"", data)
+            if not data:
+                return
         if is_request and self.left and self.needle in data:
             self.left -= 1
             self.cuts += 1
@@ -322,13 +325,10 @@ class relay(threading.Thread):
             data = data if self.ran else b""
         elif not is_request and sock in self.doomed:
             data = b""
-        elif not is_request and any(needle in data for needle in self.dropped):
-            return
         with contextlib.suppress(OSError):
             other.sendall(data)
         if not data:
             self.doomed -= {sock, other}
-            self.muted -= {sock, other}
             for each in (sock, other):
                 self.selector.unregister(each)
                 each.close()

@@ -413,7 +413,7 @@ def warm(proxy, count=4):
         threads = proxy.threads()
     for conn in opened:
         conn.close()
-    # A conexão dos avisos com o Redis também se abre depois: o repouso é o que para de mudar.
+    # O repouso é o que para de mudar.
     seen = []
 
     def still():

@@ -136,7 +136,6 @@ class fault_relay(threading.Thread):
         self.counts = collections.Counter()
         self.choices, self.silences, self.longest, self.age = (), set(), 0, 0.0
         self.held, self.arrived = collections.deque(), 0
-        self.needle, self.victim = None, ""
         self.start()
 
     @property
@@ -160,23 +159,6 @@ class fault_relay(threading.Thread):
     def release(self):
         """Entrega ao Redis o que as falhas late retiveram; arrived conta as que ele já executou ou recusou."""
         self.hand.send(b"r")
-
-    def ambush(self, needle, victim):
-        """Prepara uma emboscada: a outra conexão cai quando um pedido dado já saiu do proxy, e antes de ele rodar.
-
-        Argumentos:
-            needle: bytes procurados no pedido.
-            victim: nome (CLIENT SETNAME) da conexão que cai.
-        """
-        self.needle, self.victim = needle, victim
-
-    def spring(self):
-        """Faz a emboscada: derruba a vítima e dá tempo ao Redis de perceber."""
-        self.needle = None
-        for each in [each for each in self.links if each.name == self.victim]:
-            self.cuts += 1
-            self.shut(each, False)
-        time.sleep(0.1)
 
     def over(self):
         """Diz se todos os cortes pedidos já foram feitos (bool)."""
@@ -301,8 +283,6 @@ class fault_relay(threading.Thread):
             return
         if is_request and (found := re.search(rb"SETNAME\r\n\$\d+\r\n([\w-]+)", data)):
             each.name = found[1].decode()
-        if is_request and self.needle is not None and self.needle in data:
-            self.spring()
         plan = each.plan
         if plan is None or plan.is_request != is_request or plan.kind == "late" and b":taken" not in data:
             self.deliver(each, is_request, data)

@@ -39,16 +39,11 @@ class situation:
         self.server, self.admin, self.proxy, self.connect = server, admin, proxy, connect
         self.worker, self.pairs = worker, pairs
 
-    def drop_proxy(self, *names):
-        """Derruba as conexões do proxy, as duas se nenhuma é dita.
-
-        Argumentos:
-            names: sufixos dos nomes, "" ou "-wake".
-        """
-        for suffix in names or ("", "-wake"):
-            for row in self.admin.client_list():
-                if row["name"] == "py-ndjson-proxy" + suffix:
-                    self.admin.execute_command("CLIENT", "KILL", "ID", row["id"])
+    def drop_proxy(self):
+        """Derruba a conexão do proxy."""
+        for row in self.admin.client_list():
+            if row["name"] == "py-ndjson-proxy":
+                self.admin.execute_command("CLIENT", "KILL", "ID", row["id"])
 
     def acl(self, *rules):
         """Muda os direitos do usuário do proxy. Argumentos: rules, as regras de ACL SETUSER."""
@@ -96,14 +91,14 @@ class state(tuple):
         return super().__new__(cls, (words, set(statuses), enter, leave, config, options))
 
 
-def denied(*rules, statuses=(500,), undo=("+@all", "~*", "&*"), drop=None, words="(?i)no permissions", flags=()):
+def denied(*rules, statuses=(500,), undo=("+@all", "~*", "&*"), drop=False, words="(?i)no permissions", flags=()):
     """Monta o estado em que a ACL tira um direito do proxy.
 
     Argumentos:
         rules: regras de ACL SETUSER.
         statuses: os status permitidos.
         undo: regras que devolvem o direito.
-        drop: sufixos das conexões que caem, para que o direito falte na volta.
+        drop: verdadeiro para derrubar a conexão, para que o direito falte na volta.
         words: palavras do Redis.
         flags: argumentos do proxy.
 
@@ -114,20 +109,20 @@ def denied(*rules, statuses=(500,), undo=("+@all", "~*", "&*"), drop=None, words
     def enter(here):
         """Tira o direito. Argumentos: here, a situation."""
         here.acl(*rules)
-        if drop is not None:
-            here.drop_proxy(*drop)
+        if drop:
+            here.drop_proxy()
 
     return state(words, statuses, enter, lambda here: here.acl(*undo), flags=flags)
 
 
 def close_door(here):
-    """Passa a exigir uma senha que o proxy não tem, e derruba as conexões dele. Argumentos: here, a situation."""
+    """Passa a exigir uma senha que o proxy não tem, e derruba a conexão dele. Argumentos: here, a situation."""
     here.acl("resetpass", ">outra")
     here.drop_proxy()
 
 
 def demand_password(here):
-    """Passa a exigir senha de quem não dá nenhuma, e derruba as conexões do proxy. Argumentos: here, a situation."""
+    """Passa a exigir senha de quem não dá nenhuma, e derruba a conexão do proxy. Argumentos: here, a situation."""
     here.admin.config_set("requirepass", "outra")
     here.drop_proxy()
 
@@ -207,7 +202,7 @@ states = {
     "NOPERM_chaves": denied("resetkeys", "~outra*"),
     "NOPERM_multi": denied("-multi"),
     "NOPERM_ping": denied("-ping", statuses=(500, 504)),
-    "NOPERM_select": denied("-select", statuses=(500, 504), drop=()),
+    "NOPERM_select": denied("-select", statuses=(500, 504), drop=True),
     "NOPERM_tudo": denied("-@all", statuses=(500, 504)),
     "NOPERM_evalsha": denied("-evalsha", statuses=(200,)),
     "NOPERM_lpop": denied("-lpop", statuses=(200,), words="(?i)no permissions|can't run this command|ACL failure"),
@@ -415,7 +410,7 @@ def test_wrong_type_of_the_kept_lines(start_proxy, host, connect, worker):
 
 @pytest.mark.parametrize("times", [kills], ids=[f"{kills}_vezes"])
 def test_client_kill(start_redis, start_proxy, host, connect, start_worker, times):
-    """CLIENT KILL de uma conexão do proxy, ou das duas, sob carga: nada se perde, se repete ou troca de lugar."""
+    """CLIENT KILL da conexão do proxy, sob carga: nada se perde, se repete ou troca de lugar."""
     server = start_redis()
     proxy = start_proxy("-P", 1, redis=server)
     worker = start_worker(server.client())
@@ -426,7 +421,7 @@ def test_client_kill(start_redis, start_proxy, host, connect, start_worker, time
     def hold(fraction):
         """Derruba conexões no ritmo das linhas. Argumentos: fraction, a fração das linhas já empurrada."""
         while len(made) < fraction * times:
-            here.drop_proxy(*(("",), ("-wake",), ("", "-wake"))[len(made) % 3])
+            here.drop_proxy()
             made.append(1)
             time.sleep(0.01)
 
@@ -441,9 +436,9 @@ def test_client_kill(start_redis, start_proxy, host, connect, start_worker, time
     support.wait_empty(worker.client, 5)
 
 
-def test_full_buffer_of_the_wake_connection(start_redis, start_proxy, host, connect, start_worker):
-    """O Redis derruba a conexão dos avisos, cheia: uma linha no log, as linhas seguem, e os avisos são restabelecidos."""
-    server = start_redis("client-output-buffer-limit pubsub 64kb 64kb 0")
+def test_full_buffer_of_the_connection(start_redis, start_proxy, host, connect, start_worker):
+    """O Redis derruba a conexão, cheia de avisos: uma queda no log, as linhas seguem, e os avisos também."""
+    server = start_redis("client-output-buffer-limit normal 64kb 64kb 0")
     proxy = start_proxy("-i", 60000, "-t", 90000, redis=server)
     worker = start_worker(server.client())
     pairs = support.open_streams(connect, proxy, worker, 5)
@@ -452,22 +447,22 @@ def test_full_buffer_of_the_wake_connection(start_redis, start_proxy, host, conn
     name = "ndjson_list_" + "x" * 100000
     for number in range(1000):
         worker.client.set(f"{name}{number % 10}", number)
-        if not server.clients_named("py-ndjson-proxy-wake"):
+        if not server.clients_named("py-ndjson-proxy"):
             break
     else:
-        raise AssertionError("o Redis não derrubou a conexão dos avisos")
+        raise AssertionError("o Redis não derrubou a conexão")
     worker.client.delete(*[f"{name}{number}" for number in range(10)])
     for _, task in pairs:
         task.push(task.name)
     proxy.thaw()
     for response, task in pairs:
         assert response.line() == task.name.encode()
-    proxy.wait_log("REDIS_WAKE.*restabelecid")
+    proxy.wait_log("Redis de volta")
     for response, task in pairs:
         task.finish("fim")
         assert response.lines() == [b"fim"]
-    assert len(redis_faults.log_lines(proxy, support.polling_only)) == 1, proxy.log()
-    assert not redis_faults.log_lines(proxy, "fora do ar")
+    assert len(redis_faults.log_lines(proxy, "fora do ar")) == 1, proxy.log()
+    assert not redis_faults.log_lines(proxy, support.polling_only)
 
 
 def fill(client, count):
