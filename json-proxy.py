@@ -1113,6 +1113,8 @@ def notify_systemd(state):
 redis_timeout = 2.0
 # Tamanho, em bytes, de uma leitura da conexão com o Redis.
 receive_size = 65536
+# Bytes de avisos acumulados que se leem antes de os interpretar.
+most_pending = 1 << 24
 
 # Tirar uma linha precisa ser repetível: se a conexão cai depois do LPOP e antes
 # da resposta, a linha não está mais na lista nem chegou aqui. Por isso o que sai
@@ -1360,17 +1362,23 @@ class redis_link:
         """Lê, sem esperar, o que o Redis mandou sem que se pedisse: só avisos.
 
         Levanta:
-            OSError, redis.ConnectionError: se a conexão falhar. BlockingIOError ou
-            ssl.SSLWantReadError se nada inteiro chegou.
+            OSError, redis.ConnectionError: se a conexão falhar.
         """
-        if not isinstance(self.socket, ssl.SSLSocket):
-            self.receive(1, socket.MSG_DONTWAIT)
+        if isinstance(self.socket, ssl.SSLSocket):
+            self.socket.setblocking(False)
+            try:
+                # Lê tudo o que há, um registro por vez; o último pode não ter chegado inteiro.
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    self.receive(most_pending)
+            finally:
+                self.socket.settimeout(redis_timeout)
             return
-        self.socket.setblocking(False)
-        try:
-            self.receive(1)
-        finally:
-            self.socket.settimeout(redis_timeout)
+        with contextlib.suppress(BlockingIOError):
+            self.receive(1, socket.MSG_DONTWAIT)
+            if len(self.buffer) >= receive_size:
+                # Um aviso de muitas chaves, interpretado de novo a cada pedaço, custaria o
+                # quadrado do tamanho.
+                self.receive(most_pending, socket.MSG_DONTWAIT)
 
     def take_pushes(self):
         """Entrega os avisos que já chegaram inteiros.
@@ -1388,7 +1396,7 @@ class redis_link:
                 raise redis.InvalidResponse("resposta sem pergunta")
             self.pushes.append(reply)
         pushes, self.pushes = self.pushes, []
-        return [push[1] for push in pushes if push[0] == b"invalidate"]
+        return [push[1] for push in pushes if push and push[0] == b"invalidate"]
 
     def receive(self, size, flags=0):
         """Acrescenta ao buffer o que chegar da conexão.
@@ -1477,16 +1485,19 @@ def parse_reply(data, start):
         return (None, -missing) if missing > 0 else (data[position:end], end + 2)
     if mark == b":":
         return int(text), position
-    if mark == b"+":
+    if mark in b"+,#(":
+        # Texto; os números e booleanos do RESP3, que nenhum dos nossos comandos devolve.
         return text, position
     if mark == b"-":
         return redis.ResponseError(text.decode("utf-8", "replace")), position
-    if mark == b"_" or text == b"-1":
+    if mark == b"_":
         return None, position
-    if mark not in (b"*", b">", b"%"):
+    if mark not in b"*>%":
         raise redis.InvalidResponse(f"resposta fora do protocolo: {mark!r}")
-    items = []
-    for _ in range(int(text) * (2 if mark == b"%" else 1)):
+    size, items = int(text), []
+    if size < 0:
+        return None, position
+    for _ in range(2 * size if mark == b"%" else size):
         item, position = parse_reply(data, position)
         if position < 0:
             return None, position
@@ -2120,6 +2131,9 @@ class collector(threading.Thread):
         if REDIS_WAKE:
             self.ask_wake_ups()
         self.link_fd = self.link.fileno()
+        # Um cliente que acaba de sair pode ter deixado este número, e esquecê-lo tiraria a
+        # conexão do epoll.
+        self.clients.pop(self.link_fd, None)
         self.poller.register(self.link_fd, select.EPOLLIN | select.EPOLLRDHUP)
         self.failures = 0
         # O que mudou enquanto ninguém avisava é procurado agora. Contar não bastaria: não
@@ -2145,7 +2159,16 @@ class collector(threading.Thread):
         self.wake_refused = refusal is not None
 
     def lose_link(self, error):
-        """Registra que a conexão caiu; a próxima volta a reabre.
+        """Fecha a conexão, se outra resposta da mesma ida já não o fez.
+
+        Argumentos:
+            error (Exception): a causa.
+        """
+        if self.link.is_open:
+            self.note_failure(error)
+
+    def note_failure(self, error):
+        """Registra que a conexão caiu ou não abriu; a próxima volta a reabre.
 
         Argumentos:
             error (Exception): a causa.
@@ -2176,7 +2199,7 @@ class collector(threading.Thread):
             self.open_link()
         except (redis.RedisError, OSError) as error:
             self.failures = failures
-            self.lose_link(error)
+            self.note_failure(error)
             # Quem chegou durante a tentativa não espera por outra.
             self.read_inbox()
             self.refuse(error)
@@ -2205,9 +2228,6 @@ class collector(threading.Thread):
         """Lê os avisos que chegaram enquanto o coletor dormia, ou a queda da conexão."""
         try:
             self.link.listen()
-        except (BlockingIOError, ssl.SSLWantReadError):
-            # No TLS, um registro que ainda não chegou inteiro.
-            return
         except (redis.RedisError, OSError) as error:
             self.lose_link(error)
             return
@@ -2290,19 +2310,22 @@ class collector(threading.Thread):
         if self.removals:
             batch.append(batch_entry(removal_commands(self.removals), self.on_removal, self.removals))
             self.removals = []
+        # Antes das retiradas e da procura: NOLOOP cala a mudança de uma chave que nós, depois de
+        # um worker e no mesmo instante do Redis, também mudamos, e EXPIRE é mudar.
+        batch += self.build_renewal(now)
         takes = list(itertools.islice(self.hungry, round_takes))
         for stream in takes:
             del self.hungry[stream]
             batch.append(batch_entry(self.take_commands(stream), self.on_take, stream))
-        return batch + self.build_census(now) + self.build_renewal(now) + self.build_orphans(now) + self.build_queue(now)
+        return batch + self.build_census(now) + self.build_orphans(now) + self.build_queue(now)
 
     def build_census(self, now):
         """Monta a consulta periódica, que responde por todos os que esperam.
 
         Com os avisos ligados basta prová-los e contar alguns: quase sempre não há nada a
-        buscar. Se a prova falha ou a conta não fecha, quase sempre é um aviso a caminho:
-        depois de wake_grace, recontam-se, em fatias, os que ainda esperam, e só na fatia
-        que não fecha procura-se quem é.
+        buscar. Se a conta não fecha, quase sempre é um aviso a caminho: depois de wake_grace,
+        recontam-se, em fatias, os que ainda esperam, e só na fatia que não fecha procura-se
+        quem é.
 
         Argumentos:
             now (float): instante do relógio monotônico, em segundos.
@@ -2401,6 +2424,7 @@ class collector(threading.Thread):
         for stream in streams:
             del self.renewals[stream]
             self.renewals[stream] = now + REDIS_TTL / 3
+        self.suspects += [stream for stream in streams if stream in self.waiting]
         # Quem espera tem a lista vazia, e uma lista vazia não existe; a chave das linhas
         # tiradas só serve à retirada que a gravou, com uma validade inteira.
         keys = [key for each in streams for key in ((each.key,) if each in self.waiting else (each.key, each.list))]
@@ -2618,13 +2642,15 @@ class collector(threading.Thread):
                 f"a chave da tarefa foi trocada por um valor do tipo {type_name.decode()}: só se aceita uma lista"))
 
     def on_proof(self, streams, replies):
-        """Conta todos se o Redis não confirma os avisos.
+        """Reabre a conexão se os avisos cessaram; conta todos se o Redis não o diz.
 
         Argumentos:
             streams (list[stream]): todos os que esperavam.
-            replies (list | Exception): zero se os avisos vêm por esta conexão.
+            replies (list | Exception): zero se os avisos vêm por esta conexão, -1 se não.
         """
-        if not isinstance(replies, Exception) and replies != [0]:
+        if replies == [-1]:
+            self.lose_link(redis.ConnectionError("o Redis deixou de mandar os avisos"))
+        elif not isinstance(replies, Exception) and replies != [0]:
             self.recount(streams)
 
     def on_count(self, streams, replies):
@@ -2647,7 +2673,8 @@ class collector(threading.Thread):
         """
         if self.recount_at == math.inf or len(streams) > len(self.counted):
             self.counted = streams
-        self.recount_at = time.monotonic() + wake_grace
+        # Sem adiar a que já está marcada: com INTERVAL menor que wake_grace ela nunca viria.
+        self.recount_at = min(self.recount_at, time.monotonic() + wake_grace)
 
     def on_recount(self, streams, replies):
         """Anota para procura a fatia cuja conta não fecha.

@@ -143,6 +143,10 @@ def stamped_lines(response, timeout=20.0):
     return response.lines()
 
 
+# Um aviso inteiro do Redis (RESP3), com os nomes das chaves que mudaram.
+invalidation = rb">2\r\n\$10\r\ninvalidate\r\n\*\d+\r\n(?:\$\d+\r\n[^\r]*\r\n)+"
+
+
 def plain_client(server):
     """Abre um cliente do Redis que não repete comando por conta própria; quem chama o fecha.
 
@@ -232,7 +236,7 @@ class relay(threading.Thread):
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(self.bell, selectors.EVENT_READ)
         self.needle, self.left, self.ran, self.cuts = b"", 0, True, 0
-        self.junk, self.stripped = b"", None
+        self.junk, self.swapped = b"", None
         self.doomed = set()
         self.start()
 
@@ -251,13 +255,14 @@ class relay(threading.Thread):
         """
         self.needle, self.left, self.ran = needle, times, ran
 
-    def strip(self, name):
-        """Tira daqui em diante, das respostas, os avisos (RESP3) de um tipo, inteiros.
+    def swap(self, pattern, new):
+        """Troca daqui em diante um trecho das respostas, em cada pedaço que chega.
 
         Argumentos:
-            name: tipo do aviso; com uma só lista de palavras, como invalidate.
+            pattern: bytes da expressão regular do trecho.
+            new: bytes do que fica no lugar.
         """
-        self.stripped = re.compile(rb">2\r\n\$\d+\r\n%b\r\n\*\d+\r\n(?:\$\d+\r\n[^\r]*\r\n)+" % name)
+        self.swapped = (re.compile(pattern), new)
 
     def inject(self, junk):
         """Manda agora ao proxy, por todas as conexões, o que o Redis não mandou.
@@ -314,8 +319,9 @@ class relay(threading.Thread):
             data = sock.recv(1 << 20)
         if self.junk and data and not is_request:
             data, self.junk = self.junk, b""
-        if self.stripped and data and not is_request:
-            data = self.stripped.sub(b"", data)
+        if self.swapped and data and not is_request:
+            pattern, new = self.swapped
+            data = pattern.sub(new, data)
             if not data:
                 return
         if is_request and self.left and self.needle in data:

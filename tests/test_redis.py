@@ -3,6 +3,7 @@ perdidas. Em nenhum desses casos uma linha se perde, se repete ou troca de lugar
 
 import contextlib
 import json
+import threading
 import time
 
 import pytest
@@ -343,7 +344,7 @@ def test_redis_away_at_a_request(start_redis, start_proxy, host, fetch, connect,
         assert fetch(proxy, "GET", "/ping").body() == b"pong"
     log = proxy.log()
     assert (log.count("Redis fora do ar"), log.count("Redis de volta")) == (2, 2)
-    # A queda do Redis inteiro é uma linha só: a da conexão dos avisos nada acrescentaria.
+    # A queda é uma linha só: outra, sobre os avisos, nada acrescentaria.
     assert "REDIS_WAKE" not in log
 
 
@@ -458,20 +459,69 @@ def test_lost_removal(start_redis, start_relay, start_proxy, host, connect, star
     assert relay.cuts == 2
 
 
-def test_every_wake_up_lost(start_redis, start_relay, start_proxy, host, connect, start_worker):
+@pytest.mark.parametrize("interval", [2, 300])
+def test_every_wake_up_lost(start_redis, start_relay, start_proxy, host, connect, start_worker, interval):
     """Avisos que se perdem em silêncio, com a conexão viva: linha, fim e leitura literal dentro de INTERVAL."""
     server = start_redis()
     relay = start_relay(server.port)
-    proxy = start_proxy("-i", 300, redis=server, env={"REDIS_SERVER": relay.address})
+    proxy = start_proxy("-i", interval, redis=server, env={"REDIS_SERVER": relay.address})
     worker = start_worker(server.client())
-    relay.strip(b"invalidate")
+    relay.swap(support.invalidation, b"")
     response, task = support.open_stream(connect, proxy, worker)
-    push_into_silence(response, task, 3, 0.3)
+    push_into_silence(response, task, 3, interval / 1000)
     task.delete()
-    assert response.lines(0.3 + slack) == []
+    assert response.lines(interval / 1000 + slack) == []
     response, task = support.open_stream(connect, proxy, worker)
     task.replace("a", "b")
-    assert response.lines(0.6 + slack) == [b"a", b"b"]
+    assert response.lines(2 * interval / 1000 + slack) == [b"a", b"b"]
+
+
+def test_wake_ups_that_cease(open_through_relay, host):
+    """CLIENT GETREDIR diz que os avisos cessaram: o log diz, e a conexão é reaberta com eles."""
+    _, relay, proxy, response, task = open_through_relay("-i", 300)
+    relay.swap(rb"^:0\r\n\+string", b":-1\r\n+string")
+    proxy.wait_log("fora do ar: o Redis deixou de mandar os avisos")
+    relay.swap(rb"nunca", b"")
+    harness.eventually(lambda: "Redis de volta" in proxy.log().rpartition("deixou de mandar")[2], 5, "conexão reaberta")
+    push_into_silence(response, task, 3, 0.3)
+    task.finish()
+    assert response.lines() == []
+
+
+def test_task_replaced_just_before_its_renewal(start_redis, start_proxy, host, connect, start_worker):
+    """NOLOOP cala a troca da tarefa por uma lista, se o EXPIRE do proxy vem logo depois e no mesmo instante do Redis."""
+    server = start_redis()
+    proxy = start_proxy("--ttl", 3, "-i", 60000, redis=server)
+    worker = start_worker(server.client())
+    # Mais streams que os examinados em uma volta do rodízio, que aqui nem chega.
+    pairs = support.open_streams(connect, proxy, worker, 8)
+    for response, task in pairs:
+        renewed = server.calls("expire")
+        harness.eventually(lambda renewed=renewed: server.calls("expire") > renewed, 5, "renovação")
+        server.freeze()
+        change = threading.Thread(target=task.replace, args=("a", "b"))
+        change.start()
+        # A próxima renovação vence, e espera no soquete atrás da troca.
+        time.sleep(1.2)
+        server.thaw()
+        change.join()
+        assert response.lines(slack) == [b"a", b"b"]
+
+
+def test_wake_up_with_a_very_long_list_of_keys(start_proxy, host, connect, worker):
+    """Dezenas de milhares de chaves alheias mudam num só instante: o aviso delas, de megabytes, não atrasa o nosso."""
+    proxy = start_proxy("-i", 60000)
+    response, task = support.open_stream(connect, proxy, worker)
+    keys = {f"ndjson_list_alheia_{number:060}": "x" for number in range(30000)}
+    for _ in range(3):
+        with worker.client.pipeline(transaction=True) as pipe:
+            pipe.mset(keys)
+            pipe.rpush(task.list, "achada")
+            pipe.execute()
+        assert response.line(slack) == b"achada"
+    task.finish()
+    assert response.lines(slack) == []
+    worker.client.unlink(*keys)
 
 
 def test_flood_of_foreign_wake_ups(start_proxy, host, connect, worker):

@@ -198,7 +198,7 @@ states = {
     "BUSY": state("busy running a script", (500, 503, 504), be_busy, stop_being_busy, ("lua-time-limit 50",)),
     "NOPERM_set": denied("-set"),
     "NOPERM_publish": denied("-publish"),
-    "NOPERM_canal": denied("resetchannels", "&__redis__:invalidate"),
+    "NOPERM_canal": denied("resetchannels"),
     "NOPERM_chaves": denied("resetkeys", "~outra*"),
     "NOPERM_multi": denied("-multi"),
     "NOPERM_ping": denied("-ping", statuses=(500, 504)),
