@@ -2150,7 +2150,8 @@ class collector(threading.Thread):
         Levanta:
             redis.RedisError: se a conexão falhar.
         """
-        refusal = first_error(self.link.call([("HELLO", 3), tracking_command()]))
+        # Em RESP2 o Redis aceitaria o pedido, e trabalharia por avisos que não tem como mandar.
+        refusal = first_error(self.link.call([("HELLO", 3)])) or first_error(self.link.call([tracking_command()]))
         self.is_tracked = refusal is None
         if refusal and not self.wake_refused:
             log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", reason(refusal))

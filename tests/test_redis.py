@@ -265,6 +265,10 @@ def test_command_of_the_wake_ups_renamed_away(start_redis, start_proxy, host, co
     push_into_silence(response, task, 3, 0.3)
     task.finish("fim")
     assert response.lines() == [b"fim"]
+    # Sem CLIENT não se pergunta.
+    if missing != harness.no_client_command:
+        (row,) = server.clients_named("py-ndjson-proxy")
+        assert "t" not in row["flags"], row
     assert proxy.log().count(support.polling_only) == 1, proxy.log()
 
 
