@@ -2253,9 +2253,17 @@ class collector(threading.Thread):
         """
         for key in keys:
             stream = self.names.get(key)
-            if stream is not None and stream in self.waiting:
-                del self.waiting[stream]
-                self.hungry[stream] = None
+            if stream is not None:
+                self.rouse(stream)
+
+    def rouse(self, stream):
+        """Põe um stream na fila da próxima ida, se ele está à espera.
+
+        Argumentos:
+            stream (stream): stream que pode ter o que buscar.
+        """
+        if self.waiting.pop(stream, None) is not None:
+            self.hungry[stream] = None
 
     # -- ida ao Redis ---------------------------------------------------------
 
@@ -2350,8 +2358,7 @@ class collector(threading.Thread):
         suspects, self.suspects = self.suspects, []
         if self.scripts is None:
             for stream in suspects:
-                if self.waiting.pop(stream, None) is not None:
-                    self.hungry[stream] = None
+                self.rouse(stream)
             return batch
         return batch + [
             batch_entry([pack_command(
@@ -2697,8 +2704,8 @@ class collector(threading.Thread):
         if isinstance(replies, Exception) or first_error(replies):
             return
         for stream, type_name in zip(streams, replies, strict=True):
-            if type_name != b"string" and self.waiting.pop(stream, None) is not None:
-                self.hungry[stream] = None
+            if type_name != b"string":
+                self.rouse(stream)
 
     def on_search(self, streams, replies):
         """Põe na fila os streams que têm o que buscar.
@@ -2713,8 +2720,7 @@ class collector(threading.Thread):
             self.lose_link(replies[0])
             return
         for position in replies[0]:
-            if self.waiting.pop(streams[position], None) is not None:
-                self.hungry[streams[position]] = None
+            self.rouse(streams[position])
 
     def on_scan(self, _, replies):
         """Separa as listas que não são de um stream vivo deste proxy.
