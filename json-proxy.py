@@ -4053,38 +4053,34 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
             args (object): argumentos do werkzeug.
             options (object): argumentos nomeados do werkzeug.
         """
-        self.accepted = collections.deque()
-        self.ready = threading.Condition()
-        self.idle = 0
+        self.idle = collections.deque()
         super().__init__(*args, **options)
 
     def process_request(self, request, client_address):
         """Entrega a conexão a uma thread livre, criando-a se preciso.
 
-        Criar e encerrar uma thread por conexão custa mais que reaproveitá-la.
+        Criar e encerrar uma thread por conexão custa mais que reaproveitá-la. A última a
+        ficar livre é a primeira a servir: as que sobram podem então acabar.
 
         Argumentos:
             request (socket.socket): conexão aceita.
             client_address (tuple): endereço do cliente.
         """
-        with self.ready:
-            self.accepted.append((request, client_address))
-            if self.idle >= len(self.accepted):
-                self.ready.notify()
-                return
+        with contextlib.suppress(IndexError):
+            self.idle.pop().put((request, client_address))
+            return
         try:
-            threading.Thread(target=self.work, name="cliente", daemon=True).start()
+            threading.Thread(target=self.work, args=(request, client_address), name="cliente", daemon=True).start()
         except RuntimeError as error:
             tell_thread_lack(error)
-            self.refuse_starved()
+            self.refuse_starved(request)
 
-    def refuse_starved(self):
-        """Responde, sem ler a requisição, à conexão para a qual não há thread."""
-        with self.ready:
-            if not self.accepted:
-                # Uma thread que acabou de ficar livre a tomou.
-                return
-            request, _ = self.accepted.pop()
+    def refuse_starved(self, request):
+        """Responde, sem ler a requisição, à conexão para a qual não há thread.
+
+        Argumentos:
+            request (socket.socket): conexão aceita.
+        """
         body, headers = host_error(503, b"")
         headers += [("Content-Length", str(len(body))), ("Connection", "close")]
         rows = "".join(f"{name}: {value}\r\n" for name, value in headers)
@@ -4096,18 +4092,27 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
             request.send(f"HTTP/1.1 503 Service Unavailable\r\n{rows}\r\n".encode() + body)
         self.shutdown_request(request)
 
-    def work(self):
-        """Atende conexões até passar thread_patience segundos sem nenhuma."""
+    def work(self, request, client_address):
+        """Atende conexões até passar thread_patience segundos sem nenhuma.
+
+        Argumentos:
+            request (socket.socket): primeira conexão.
+            client_address (tuple): endereço do primeiro cliente.
+        """
+        inbox = queue.SimpleQueue()
         while True:
-            with self.ready:
-                self.idle += 1
-                self.ready.wait_for(lambda: self.accepted, thread_patience)
-                self.idle -= 1
-                if not self.accepted:
-                    return
-                request, client_address = self.accepted.popleft()
             self.process_request_thread(request, client_address)
             del request
+            self.idle.append(inbox)
+            try:
+                request, client_address = inbox.get(timeout=thread_patience)
+            except queue.Empty:
+                try:
+                    self.idle.remove(inbox)
+                    return
+                except ValueError:
+                    # Foi escolhida neste instante: a conexão vem aí.
+                    request, client_address = inbox.get()
 
     def get_request(self):
         """Aceita uma conexão.
@@ -4137,6 +4142,14 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
         if stop.is_requested:
             raise KeyboardInterrupt
         flask_handler.expire(time.monotonic())
+
+    def shutdown_request(self, request):
+        """Fecha uma conexão, sem o shutdown que o Python faria antes: ninguém mais a tem.
+
+        Argumentos:
+            request (socket.socket): conexão.
+        """
+        self.close_request(request)
 
     def handle_error(self, request, client_address):
         """Registra em uma linha a falha de uma conexão.
