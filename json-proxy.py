@@ -47,7 +47,6 @@ import gc
 import heapq
 import hmac
 import http
-import http.client
 import http.server
 import importlib.util
 import io
@@ -2975,6 +2974,7 @@ class stream:
         # waitress é a conexão, vigiada pelo laço dele, que diz que o cliente saiu.
         self.socket = environ.get("werkzeug.socket")
         self.descriptor = self.socket.fileno() if self.socket is not None else -1
+        self.handler = environ.get("ndjson.handler")
         if "ndjson.channel" in environ:
             environ["ndjson.channel"].watch(self)
         self.name = name
@@ -3034,9 +3034,12 @@ class stream:
                 send_all(self.socket, answer)
             elif isinstance(answer, tuple):
                 chunk, lines, is_end = join_lines(answer[0])
-                if chunk:
+                is_last = is_end or answer[1]
+                if chunk and is_last and self.handler is not None:
+                    self.handler.send_last(frame(self.count(chunk, lines), self.is_chunked))
+                elif chunk:
                     yield self.count(chunk, lines)
-                if is_end or answer[1]:
+                if is_last:
                     self.reason = ended_word if is_end else ended_done
                     return
             else:
@@ -3234,17 +3237,31 @@ ask_token = [("WWW-Authenticate", "Bearer")]
 
 
 class application(flask.Flask):
-    """Aplicação sem o roteador do Flask, que dispatch dispensa."""
+    """Aplicação de um só destino, sem o roteador e os contextos do Flask.
 
-    def create_url_adapter(self, request):
-        """Dispensa o roteador.
+    Servem a rotas, sessões e extensões, que aqui não há, e custariam mais que a tarefa.
+    """
 
-        Sem rotas a procurar, não há o NotFound de cada requisição, cujo ciclo de
-        referências só o coletor de lixo desfaria.
+    def wsgi_app(self, environ, start_response):
+        """Atende uma requisição.
 
         Argumentos:
-            request (flask.Request): requisição.
+            environ (dict): ambiente WSGI.
+            start_response (callable): função do WSGI.
+        Retorna:
+            iterable: trechos de bytes da resposta.
         """
+        # O ambiente que apontasse para a requisição, que aponta para ele, ficaria para o
+        # coletor de lixo.
+        request = flask.Request(environ, populate_request=False)
+        try:
+            response = dispatch(request)
+        except Exception as error:
+            response = exception_response(error)
+        # O cabeçalho Server é do servidor HTTP, que o enviaria de novo se saísse também daqui.
+        response.headers["X-Author"] = author
+        response.headers.extend(cors_headers(request.headers.get("Origin")))
+        return response(environ, start_response)
 
 
 app = application(program, static_folder=None)
@@ -3424,8 +3441,10 @@ def head_response(request):
         stream_response: 200 com os cabeçalhos do streaming.
     """
     # Vêm em ordem de preferência; nunca 406, que um cliente não saberia tratar.
-    named = (value.partition(";")[0].strip().lower() for value, quality in request.accept_mimetypes if quality)
-    chosen = next((name for name in named if name in line_types), line_types[0])
+    chosen = line_types[0]
+    if "json" in request.headers.get("Accept", "").lower():
+        named = (value.partition(";")[0].strip().lower() for value, quality in request.accept_mimetypes if quality)
+        chosen = next((name for name in named if name in line_types), chosen)
     return stream_response(content_type=chosen, headers=[
         ("Cache-Control", "no-cache, no-transform"),
         # O nginx guarda a resposta inteira se não for avisado.
@@ -3491,13 +3510,14 @@ def start_stream(request, body):
     return response
 
 
-def streaming():
+def streaming(request):
     """Função principal: atende um cliente, da requisição ao fim do streaming.
 
+    Argumentos:
+        request (flask.Request): requisição.
     Retorna:
         flask.Response: o streaming ou um erro com status próprio e corpo JSON.
     """
-    request = flask.request
     body = read_body(request)
     if not gate.enter():
         if gate.closed:
@@ -3514,17 +3534,17 @@ def streaming():
     return redis_failure(redis.TimeoutError("sem resposta ao PING"))
 
 
-@app.before_request
-def dispatch():
+def dispatch(request):
     """Escolhe quem atende, pelo caminho como o cliente o enviou.
 
     O roteador do Flask não serve aqui: juntaria barras, decodificaria o caminho e
     responderia por conta própria a HEAD e OPTIONS.
 
+    Argumentos:
+        request (flask.Request): requisição.
     Retorna:
         flask.Response: a resposta.
     """
-    request = flask.request
     if request.method == "OPTIONS":
         return options_response(request)
     if request_target(request.environ)[0] == "/ping":
@@ -3533,22 +3553,7 @@ def dispatch():
         return refuse_unauthorized(request)
     if request.method == "HEAD":
         return head_response(request)
-    return streaming()
-
-
-@app.after_request
-def add_headers(response):
-    """Acrescenta os cabeçalhos de toda resposta.
-
-    Argumentos:
-        response (flask.Response): resposta pronta.
-    Retorna:
-        flask.Response: a mesma resposta. O cabeçalho Server é do servidor HTTP,
-        que o enviaria de novo se também saísse daqui.
-    """
-    response.headers["X-Author"] = author
-    response.headers.extend(cors_headers(flask.request.headers.get("Origin")))
-    return response
+    return streaming(request)
 
 
 error_codes = {
@@ -3566,8 +3571,7 @@ error_codes = {
 }
 
 
-@app.errorhandler(Exception)
-def handle_exception(error):
+def exception_response(error):
     """Transforma qualquer exceção em um erro JSON.
 
     Argumentos:
@@ -3755,6 +3759,7 @@ class response_writer(io.BufferedIOBase):
         """
         self.connection = connection
         self.parts = []
+        self.is_done = False
 
     def writable(self):
         """Diz que aceita escrita.
@@ -3772,7 +3777,8 @@ class response_writer(io.BufferedIOBase):
         Retorna:
             int: número de bytes aceitos.
         """
-        self.parts.append(data)
+        if not self.is_done:
+            self.parts.append(data)
         if data == last_chunk:
             self.flush()
         return len(data)
@@ -3841,6 +3847,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
     def setup(self):
         """Prepara a conexão."""
         self.is_late, self.is_unread, self.head = False, False, b""
+        self.close_connection = True
         self.live.add(self)
         super().setup()
         self.receiving[self] = time.monotonic() + REQUEST_TIMEOUT / 1000
@@ -3880,6 +3887,18 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         self.is_unread = False
         return self.receiving.pop(self, None) is not None
 
+    def send_last(self, data):
+        """Envia o fim de um streaming de uma vez: dois envios acordariam o cliente duas vezes.
+
+        Argumentos:
+            data (bytes): últimas linhas, já na forma em que vão no socket.
+        Levanta:
+            OSError: se o cliente saiu ou não lê há client_timeout segundos.
+        """
+        send_all(self.connection, data + last_chunk if self.request_version != "HTTP/1.0" else data)
+        # O último chunk que o werkzeug escreverá já foi.
+        self.wfile.is_done = True
+
     def version_string(self):
         """Nomeia o servidor.
 
@@ -3901,7 +3920,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         environ = super().make_environ()
         if "HTTP_COOKIE" in environ:
             environ["HTTP_COOKIE"] = joined_cookies(self.head)
-        environ["ndjson.target"] = self.requestline.split()[1]
+        environ["ndjson.target"] = self.target
         environ["ndjson.handler"] = self
         self.is_unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
         if environ.get("wsgi.input_terminated"):
@@ -3934,11 +3953,33 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         if status:
             self.send_error(status)
             return False
-        body, self.rfile = self.rfile, io.BytesIO(b"".join(rows))
-        try:
-            return super().parse_request()
-        finally:
-            self.rfile = body
+        self.keep_request(rows[:-1])
+        if self.is_waiting and int(self.headers.get("Content-Length", "0")) > MAX_BODY:
+            self.send_error(413)
+            return False
+        return True
+
+    def keep_request(self, rows):
+        """Guarda a requisição, já conferida, onde o http.server a guardaria.
+
+        Ele leria os cabeçalhos com o interpretador de e-mails, um décimo do custo de uma
+        requisição.
+
+        Argumentos:
+            rows (list[bytes]): linhas de cabeçalho.
+        """
+        self.requestline = self.raw_requestline.decode("latin-1").removesuffix("\r\n")
+        self.command, self.target, self.request_version = self.requestline.split(" ")
+        # Duas barras no começo pareceriam o nome de uma máquina.
+        self.path = "/" + self.target.lstrip("/") if self.target.startswith("//") else self.target
+        fields = [row.decode("latin-1").partition(":") for row in rows]
+        self.headers = werkzeug.datastructures.Headers([(name, value.strip(" \t\r\n")) for name, _, value in fields])
+        is_waiting = self.headers.get("Expect", "").lower() == "100-continue"
+        # O HTTP/1.0 não conhece a espera.
+        self.is_waiting = is_waiting and self.request_version != "HTTP/1.0"
+        if is_waiting:
+            # O werkzeug também responderia, e só com o resto da resposta.
+            del self.headers["Expect"]
 
     def read_headers(self):
         """Lê os cabeçalhos até a linha em branco, o fim da conexão ou o limite.
@@ -3955,24 +3996,11 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
                 break
         return rows
 
-    def handle_expect_100(self):
-        """Deixa o "100 Continue" para o werkzeug, que também o enviaria.
-
-        Retorna:
-            bool: falso se o corpo anunciado passa de MAX_BODY e foi recusado.
-        """
-        length = self.headers.get("Content-Length", "0")
-        if length.isdecimal() and int(length) > MAX_BODY:
-            self.send_error(413)
-            return False
-        return True
-
     def run_wsgi(self):
         """Atende a requisição; o "100 Continue" sai sem esperar pelo buffer."""
-        if self.headers.get("Expect", "").lower().strip() == "100-continue":
+        if self.is_waiting:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.wfile.flush()
-            del self.headers["Expect"]
         super().run_wsgi()
 
     def send_error(self, code, message=None, explain=None):
@@ -4244,8 +4272,6 @@ def serve_flask(listener):
     # ela, a porta já está aberta quando o systemd é avisado, uma porta ocupada é
     # dita com a nossa frase, e o aviso de "servidor de desenvolvimento" não sai.
     raise_descriptor_limit()
-    # O http.client conta também a linha em branco.
-    vars(http.client).update(_MAXHEADERS=header_count + 1)
     vars(werkzeug.serving).update(
         ThreadedWSGIServer=flask_server,
         selectors=types.SimpleNamespace(DefaultSelector=no_selector, EVENT_READ=select.EPOLLIN),
