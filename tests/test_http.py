@@ -132,6 +132,9 @@ def test_target_not_utf8(serve):
     """Um byte solto fora do UTF-8 no alvo chega em percentual, que é o único modo de escrevê-lo em JSON."""
     _, task = serve("GET", b"/caf\xe9?q=\xff")
     assert (task.info["path"], task.info["query"]) == ("/caf%E9", "q=%FF")
+    # Em latin-1 estes dois são espaços, mas não na linha de requisição.
+    _, task = serve("GET", b"/a\xa0b?q=\x85c")
+    assert (task.info["path"], task.info["query"]) == ("/a%A0b", "q=%85c")
 
 
 @pytest.mark.parametrize("method", methods)
@@ -175,6 +178,7 @@ def test_task_json(shared_proxy, connect, worker, db):
 def test_request_headers(serve):
     """Os cabeçalhos do cliente chegam ao worker: em UTF-8, repetidos, vazios, com qualquer nome."""
     sent = [("X-Acentos", "ação 😀"), ("X-Dois", "a"), ("X-Dois", "b"), ("X-Vazio", ""), ("x-minusculo", "c")]
+    sent += [("X-Brancos", " \t a  b\t ")]
     sent += [("Cookie", "a=1; b=2"), ("X-Longo", "v" * 6000), ("cookie", 'c="x,d=3"'), ("COOKIE", " e=4 ")]
     # O WSGI não distinguiria este do outro, que o proxy reverso da frente talvez tenha conferido: não chega ao worker.
     sent += [("X-Conta", "certa"), ("X_Conta", "forjada"), ("X_Sublinhado", "a")]
@@ -183,6 +187,7 @@ def test_request_headers(serve):
     assert headers["x-acentos"] == "ação 😀"
     assert re.split(r",\s*", headers["x-dois"]) == ["a", "b"]
     assert headers["x-vazio"] == ""
+    assert headers["x-brancos"] == "a  b"
     assert headers["x-minusculo"] == "c"
     assert headers["cookie"] == 'a=1; b=2; c="x,d=3"; e=4'
     assert headers["x-longo"] == "v" * 6000
@@ -514,6 +519,16 @@ def test_expect_continue_without_a_body(method, length, shared_proxy, connect, w
     assert task.info["body"] == ""
     task.finish("ok")
     assert common(conn.response()).lines() == [b"ok"]
+
+
+def test_expect_continue_in_http10(shared_proxy, connect, worker):
+    """Um cliente HTTP/1.0 não conhece o 100: a resposta dele é a final."""
+    conn = connect(shared_proxy).request("POST", "/e", {"Expect": "100-continue"}, "corpo", version="HTTP/1.0")
+    task = worker.next()
+    assert task.info["body"] == "corpo"
+    task.finish("ok")
+    response = common(conn.response())
+    assert (response.interim, response.lines()) == ([], [b"ok"])
 
 
 def test_expect_continue_too_large(start_proxy, host, connect, worker):
