@@ -1732,7 +1732,7 @@ take_bytes = 262144
 round_takes = 128
 # Redes de segurança, em rodízio, a cada INTERVAL com avisos: streams contados, e tarefas
 # examinadas uma a uma, pois a contagem não percebe uma tarefa trocada por uma lista.
-count_size = 200
+count_size = 50
 types_size = 3
 # Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
 answer_timeout = 5.0
@@ -2705,14 +2705,15 @@ class collector(threading.Thread):
         self.recount_at = min(self.recount_at, time.monotonic() + wake_grace)
 
     def on_recount(self, streams, replies):
-        """Anota para procura a fatia cuja conta não fecha.
+        """Anota para procura a fatia cuja conta não fecha, ou todos, se ela é só a da vez.
 
         Argumentos:
             streams (list[stream]): streams contados.
             replies (list | Exception): respostas ou a falha da conexão.
         """
         if not isinstance(replies, Exception) and replies != [0, len(streams)]:
-            self.suspects += streams
+            # Se um aviso se perdeu, outros podem ter-se perdido com ele.
+            self.suspects = self.suspects + streams if len(streams) > count_size else list(self.waiting)
 
     def on_types(self, streams, replies):
         """Põe na fila os streams cuja tarefa já não é a string que gravamos.

@@ -480,6 +480,26 @@ def test_every_wake_up_lost(start_redis, start_relay, start_proxy, host, connect
     assert response.lines(2 * interval / 1000 + slack) == [b"a", b"b"]
 
 
+def test_every_wake_up_lost_by_many(start_redis, start_relay, start_proxy, host, connect, start_worker):
+    """Com mais streams que os contados por INTERVAL, a primeira falta que a conta acusa faz procurar em todos."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    proxy = start_proxy("-i", 1000, redis=server, env={"REDIS_SERVER": relay.address})
+    worker = start_worker(server.client())
+    pairs = support.open_streams(connect, proxy, worker, 300)
+    relay.swap(support.invalidation, b"")
+    with worker.client.pipeline(transaction=True) as pipe:
+        for _, task in pairs:
+            pipe.rpush(task.list, "uma")
+        began = time.monotonic()
+        pipe.execute()
+    assert [response.line(5) for response, _ in pairs] == [b"uma"] * 300
+    # Contados só os da vez, seriam seis vezes INTERVAL.
+    assert time.monotonic() - began < 4
+    worker.client.flushdb()
+    assert harness.read_all([response for response, _ in pairs], 10) == [[]] * 300
+
+
 def test_wake_ups_that_cease(open_through_relay, host):
     """CLIENT GETREDIR diz que os avisos cessaram: o log diz, e a conexão é reaberta com eles."""
     _, relay, proxy, response, task = open_through_relay("-i", 300)
