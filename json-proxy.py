@@ -1750,6 +1750,11 @@ orphan_pause = 0.02
 orphan_keys = 1000
 # Posições da fila conferidas em um passo: cada uma custa um EXISTS.
 queue_keys = 200
+# Streams que acabam ao mesmo tempo: cada um põe uma thread a disputar o GIL com o coletor,
+# e mil de uma vez atrasariam as linhas dos outros. Quem demora mais que ending_patience
+# segundos, porque seu cliente não lê, não ocupa o lugar do próximo.
+most_endings = 4
+ending_patience = 0.1
 
 
 class batch_entry(typing.NamedTuple):
@@ -1826,6 +1831,7 @@ class collector(threading.Thread):
         self.clients = {}
         self.pings, self.submissions, self.removals, self.refused = [], [], [], []
         self.hungry, self.waiting = {}, {}
+        self.endings, self.ending = collections.deque(), {}
         self.paused = []
         self.renewals = {}
         self.scripts = None
@@ -1893,6 +1899,14 @@ class collector(threading.Thread):
         """
         self.post(self.accept_release, stream)
 
+    def leave(self, stream):
+        """Avisa que o cliente de um stream saiu, se não é o coletor quem o vigia.
+
+        Argumentos:
+            stream (stream): o stream.
+        """
+        self.post(self.finish, stream, ended_client)
+
     def broadcast(self, reason):
         """Encerra todos os streams vivos.
 
@@ -1959,6 +1973,8 @@ class collector(threading.Thread):
         self.names.pop(stream.key, None)
         self.names.pop(stream.list, None)
         self.removals.append(stream)
+        if self.ending.pop(stream, None) is not None:
+            self.start_endings()
         for descriptor in [fd for fd in (stream.descriptor,) if self.clients.get(fd) is stream]:
             self.forget_client(descriptor)
 
@@ -1969,7 +1985,7 @@ class collector(threading.Thread):
             reason (str): motivo do fim.
         """
         for stream in set(self.names.values()):
-            stream.answers.put(reason)
+            stream.answers.put(stream.fate or reason)
 
     def accept_stop(self, deadline):
         """Anota o prazo para parar e encerra o que restou.
@@ -2048,6 +2064,8 @@ class collector(threading.Thread):
             moments.append(self.census_at)
         if self.paused:
             moments.append(self.paused[0][0])
+        if self.endings:
+            moments.append(self.next_ending())
         if self.renewals:
             moments.append(next(iter(self.renewals.values())))
         return min(moments)
@@ -2064,6 +2082,9 @@ class collector(threading.Thread):
         Argumentos:
             now (float): instante do relógio monotônico, em segundos.
         """
+        while self.endings and self.next_ending() <= now:
+            del self.ending[next(iter(self.ending))]
+            self.start_endings()
         while self.paused and self.paused[0][0] <= now:
             stream = heapq.heappop(self.paused)[2]
             if not stream.ended:
@@ -2093,6 +2114,44 @@ class collector(threading.Thread):
             f"WATCHDOG=1\nSTATUS=Redis {state}; streams vivos: {gate.alive}; tarefas atendidas: {gate.served}"
         )
 
+    # -- fins -----------------------------------------------------------------
+
+    def finish(self, stream, reason):
+        """Diz a um stream que acabou, quando chegar a sua vez.
+
+        Argumentos:
+            stream (stream): stream vivo.
+            reason (str): motivo do fim.
+        """
+        stream.fate = reason
+        self.endings.append(stream)
+        self.start_endings()
+
+    def start_endings(self):
+        """Acorda os próximos streams que acabaram, enquanto houver lugar."""
+        while self.endings and len(self.ending) < most_endings:
+            stream = self.endings.popleft()
+            if not stream.ended:
+                self.start_ending(stream, stream.fate)
+
+    def next_ending(self):
+        """Diz quando o lugar de quem acaba há mais tempo passa a outro.
+
+        Retorna:
+            float: instante do relógio monotônico, em segundos.
+        """
+        return next(iter(self.ending.values()))
+
+    def start_ending(self, stream, answer):
+        """Dá a um stream a sua última resposta.
+
+        Argumentos:
+            stream (stream): stream vivo.
+            answer (str | tuple): motivo do fim, ou as últimas linhas.
+        """
+        self.ending[stream] = time.monotonic() + ending_patience
+        stream.answers.put(answer)
+
     # -- clientes -------------------------------------------------------------
 
     def check_client(self, descriptor):
@@ -2103,7 +2162,7 @@ class collector(threading.Thread):
         """
         stream = self.clients.get(descriptor)
         if stream is not None:
-            stream.answers.put(ended_client)
+            self.finish(stream, ended_client)
         self.forget_client(descriptor)
 
     def forget_client(self, descriptor):
@@ -2654,12 +2713,13 @@ class collector(threading.Thread):
         if lines:
             stream.sequence += 1
             # Sem scripts só a próxima consulta dirá se a lista se esvaziou.
-            if type_name == b"none" and self.scripts is not None:
-                stream.answers.put((lines, True))
+            if type_name == b"none" and self.scripts is not None and len(self.ending) < most_endings:
+                # Sem lugar, as linhas saem já, e a próxima retirada dirá que acabou.
+                self.start_ending(stream, (lines, True))
             elif stream.send_now(lines):
                 self.accept_ask(stream, time.monotonic() + PAUSE / 1000)
         elif type_name == b"none":
-            stream.answers.put(ended_done)
+            self.finish(stream, ended_done)
         elif type_name == b"list" and self.scripts is None and stream.source != stream.key:
             stream.source = stream.key
             self.hungry[stream] = None
@@ -2970,6 +3030,8 @@ class stream:
         self.packed_take = None
         self.sequence = 1
         self.ended = False
+        # O motivo do fim, enquanto espera a vez de ser entregue.
+        self.fate = None
         self.answers = queue.SimpleQueue()
         # O flask (werkzeug) entrega o socket, vigiado pelo epoll do coletor; no
         # waitress é a conexão, vigiada pelo laço dele, que diz que o cliente saiu.
@@ -3082,8 +3144,8 @@ class stream:
         finally:
             self.turn.acquire()
         # O coletor pode ter respondido entre o prazo e a vez; um resto de linha
-        # precisa sair antes de qualquer outra coisa.
-        return None if self.answers.empty() else self.answers.get()
+        # precisa sair antes de qualquer outra coisa, e quem já acabou não se atrasou.
+        return self.fate if self.answers.empty() else self.answers.get()
 
     def send_now(self, elements):
         """Envia linhas na thread do coletor, se isso não a faz esperar.
@@ -4560,7 +4622,7 @@ class waitress_channel(waitress.channel.HTTPChannel):
         """
         self.watcher = stream
         if not self.connected:
-            stream.answers.put(ended_client)
+            hub.leave(stream)
 
     def handle_close(self):
         """Fecha a conexão; a recusada, só depois de descartar o que o cliente envia.
@@ -4576,8 +4638,8 @@ class waitress_channel(waitress.channel.HTTPChannel):
         super().handle_close()
         # Nesta ordem: watch anota e só depois olha se a conexão já fechou.
         watcher = self.watcher
-        if watcher is not None:
-            watcher.answers.put(ended_client)
+        if watcher is not None and not watcher.ended:
+            hub.leave(watcher)
 
     def refuse(self):
         """Responde que a requisição não chegou a tempo."""

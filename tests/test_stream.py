@@ -101,6 +101,42 @@ def test_slow_reader_loses_nothing(start_proxy, host, connect, worker):
     assert support.finished_row(proxy, task)["fim"] == "concluida"
 
 
+def test_ends_pass_clients_that_do_not_read(start_proxy, host, connect, worker):
+    """Streams que acabam com um cliente que não lê a última linha não seguram o fim dos outros."""
+    proxy = start_proxy("-P", 0)
+    large = [bytes([97 + number]) * 12_000_000 for number in range(6)]
+    slow = support.open_streams(connect, proxy, worker, len(large))
+    others = support.open_streams(connect, proxy, worker, 20)
+    for (_, task), line in zip(slow, large, strict=True):
+        task.finish(line)
+    for _, task in slow:
+        # Retirada a linha, a thread deste cliente fica presa no envio.
+        harness.eventually(lambda task=task: not worker.client.exists(task.list), 10, "última linha retirada")
+    began = time.monotonic()
+    for _, task in others:
+        task.finish("uma")
+    assert harness.read_all([response for response, _ in others]) == [[b"uma"]] * 20
+    assert time.monotonic() - began < 5
+    assert harness.read_all([response for response, _ in slow]) == [[line] for line in large]
+
+
+def test_many_ends_at_once(start_proxy, host, connect, worker):
+    """Duzentos streams que acabam no mesmo instante, uns com linha e outros não, acabam todos, e por inteiro."""
+    proxy = start_proxy()
+    pairs = support.open_streams(connect, proxy, worker, 200)
+    with worker.client.pipeline(transaction=True) as pipe:
+        for number, (_, task) in enumerate(pairs):
+            if number % 2:
+                pipe.rpush(task.list, *map(str, range(number % 4)))
+            pipe.delete(task.key)
+        pipe.execute()
+    expected = [[str(line).encode() for line in range(number % 4)] if number % 2 else [] for number in range(200)]
+    assert harness.read_all([response for response, _ in pairs]) == expected
+    support.wait_empty(worker.client)
+    rows = harness.eventually(lambda: len(rows := support.finished_rows(proxy)) == 200 and rows, 5, "linhas de log")
+    assert {row["fim"] for row in rows} == {"concluida"}
+
+
 def test_pause_separates_lines(start_proxy, host, connect, worker):
     """PAUSE=300: duas linhas nunca chegam com menos de 270 ms entre si, nem as que já estavam na lista."""
     proxy = start_proxy("--pause", 300)
