@@ -1752,8 +1752,10 @@ orphan_keys = 1000
 queue_keys = 200
 # Streams que acabam ao mesmo tempo: cada um põe uma thread a disputar o GIL com o coletor,
 # e mil de uma vez atrasariam as linhas dos outros. Quem demora mais que ending_patience
-# segundos, porque seu cliente não lê, não ocupa o lugar do próximo.
+# segundos, porque seu cliente não lê, não ocupa o lugar do próximo. Quem tem ainda linhas a
+# enviar tem mais lugares: sem um, precisaria de outra retirada.
 most_endings = 4
+most_last_lines = 16
 ending_patience = 0.1
 
 
@@ -2713,7 +2715,7 @@ class collector(threading.Thread):
         if lines:
             stream.sequence += 1
             # Sem scripts só a próxima consulta dirá se a lista se esvaziou.
-            if type_name == b"none" and self.scripts is not None and len(self.ending) < most_endings:
+            if type_name == b"none" and self.scripts is not None and len(self.ending) < most_last_lines:
                 # Sem lugar, as linhas saem já, e a próxima retirada dirá que acabou.
                 self.start_ending(stream, (lines, True))
             elif stream.send_now(lines):
@@ -3888,6 +3890,8 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
     """Atende uma conexão no servidor do Flask."""
 
     disable_nagle_algorithm = True
+    # O Python 3.14 daria 128 KiB a cada conexão, e escreveria neles uma página ou duas.
+    rbufsize = 2048
     live: typing.ClassVar = set()
     # Quem ainda envia a requisição, na ordem dos prazos, que são todos iguais.
     receiving: typing.ClassVar = {}
