@@ -3101,7 +3101,9 @@ class stream:
                 chunk, lines, is_end = join_lines(answer[0])
                 is_last = is_end or answer[1]
                 if chunk and is_last and self.handler is not None:
-                    self.handler.send_last(frame(self.count(chunk, lines), self.is_chunked))
+                    # De uma vez: dois envios acordariam o cliente duas vezes.
+                    end = last_chunk if self.is_chunked else b""
+                    self.handler.send_last(frame(self.count(chunk, lines), self.is_chunked) + end)
                 elif chunk:
                     yield self.count(chunk, lines)
                 if is_last:
@@ -3955,15 +3957,14 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         return self.receiving.pop(self, None) is not None
 
     def send_last(self, data):
-        """Envia o fim de um streaming de uma vez: dois envios acordariam o cliente duas vezes.
+        """Envia o fim de um streaming; o que o werkzeug ainda escrever não sai.
 
         Argumentos:
-            data (bytes): últimas linhas, já na forma em que vão no socket.
+            data (bytes): últimas linhas e o último chunk, na forma em que vão no socket.
         Levanta:
             OSError: se o cliente saiu ou não lê há client_timeout segundos.
         """
-        send_all(self.connection, data + last_chunk if self.request_version != "HTTP/1.0" else data)
-        # O último chunk que o werkzeug escreverá já foi.
+        send_all(self.connection, data)
         self.wfile.is_done = True
 
     def version_string(self):

@@ -231,6 +231,16 @@ def test_http10_is_plain(shared_proxy, connect, worker):
     assert conn.at_end()
 
 
+def test_later_minor_version(shared_proxy, connect, worker):
+    """HTTP/1.2, que ninguém fala, recebe um corpo que se lê sem chunks, e o fim dele é o da conexão."""
+    conn = connect(shared_proxy).request("POST", "/", version="HTTP/1.2")
+    worker.next().finish("a", "b")
+    response = common(conn.response())
+    if response.header("Transfer-Encoding") is None:
+        assert response.header("Connection") == "close"
+    assert response.lines() == [b"a", b"b"]
+
+
 def test_http10_errors_and_ping(shared_proxy, connect):
     """Em HTTP/1.0, /ping e os erros também vão sem pedaços e fecham a conexão."""
     conn = connect(shared_proxy).request("GET", "/ping", version="HTTP/1.0")
