@@ -2057,6 +2057,8 @@ class collector(threading.Thread):
             float: instante do relógio monotônico, em segundos.
         """
         moments = [self.stop_at, self.status_at]
+        if self.endings:
+            moments.append(self.next_ending())
         if not self.link.is_open:
             return min(*moments, self.retry_at)
         if any((self.hungry, self.removals, self.suspects, self.strangers, self.orphans, self.queued, self.expired)):
@@ -2066,8 +2068,6 @@ class collector(threading.Thread):
             moments.append(self.census_at)
         if self.paused:
             moments.append(self.paused[0][0])
-        if self.endings:
-            moments.append(self.next_ending())
         if self.renewals:
             moments.append(next(iter(self.renewals.values())))
         return min(moments)
@@ -2129,11 +2129,28 @@ class collector(threading.Thread):
         self.endings.append(stream)
         self.start_endings()
 
+    def finish_lines(self, stream, lines):
+        """Entrega as últimas linhas de um stream.
+
+        Argumentos:
+            stream (stream): stream vivo.
+            lines (list[bytes]): linhas tiradas.
+        """
+        if len(self.ending) < most_last_lines:
+            self.start_ending(stream, (lines, True))
+        else:
+            # Só o fim espera por um lugar: as linhas, não.
+            stream.send_now(lines)
+            self.finish(stream, ended_done)
+
     def start_endings(self):
         """Acorda os próximos streams que acabaram, enquanto houver lugar."""
         while self.endings and len(self.ending) < most_endings:
             stream = self.endings.popleft()
-            if not stream.ended:
+            if stream.turn.locked():
+                # Sua thread está enviando, talvez a um cliente que não lê: nada a acordar.
+                stream.answers.put(stream.fate)
+            elif not stream.ended:
                 self.start_ending(stream, stream.fate)
 
     def next_ending(self):
@@ -2715,9 +2732,8 @@ class collector(threading.Thread):
         if lines:
             stream.sequence += 1
             # Sem scripts só a próxima consulta dirá se a lista se esvaziou.
-            if type_name == b"none" and self.scripts is not None and len(self.ending) < most_last_lines:
-                # Sem lugar, as linhas saem já, e a próxima retirada dirá que acabou.
-                self.start_ending(stream, (lines, True))
+            if type_name == b"none" and self.scripts is not None:
+                self.finish_lines(stream, lines)
             elif stream.send_now(lines):
                 self.accept_ask(stream, time.monotonic() + PAUSE / 1000)
         elif type_name == b"none":
@@ -3787,7 +3803,14 @@ def line_error(line):
         return 505
     if method.decode() not in (*stream_methods, "HEAD", "OPTIONS"):
         return 405
-    return 0 if target_form.fullmatch(target) or (method, target) == (b"OPTIONS", b"*") else 400
+    if not target_form.fullmatch(target):
+        return 0 if (method, target) == (b"OPTIONS", b"*") else 400
+    try:
+        # Só ele diz se o que está entre colchetes é um endereço, e os servidores o chamam.
+        urllib.parse.urlsplit(target.decode("latin-1") if target[:1] != b"/" else "")
+    except ValueError:
+        return 400
+    return 0
 
 
 def body_error(fields, is_current):
@@ -3881,10 +3904,12 @@ class chunked_input(werkzeug.serving.DechunkedInput):
         if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", size):
             raise OSError("chunk inválido")
         if int(size, 16) == 0:
-            # A linha em branco final é consumida por quem chama.
-            while self._rfile.peek(2)[:2] not in (b"\r\n", b"\n", b""):
-                if not self._rfile.readline(65536).endswith(b"\n"):
+            while (row := self._rfile.readline(line_limit)) not in (b"\r\n", b"\n"):
+                if not row.endswith(b"\n"):
                     raise OSError("trailer inválido")
+            # Quem chama ainda lê a linha em branco; peek() podia ver só metade dela, e a outra
+            # metade passaria por mais um trailer.
+            self._rfile = io.BytesIO(b"\r\n")
         return int(size, 16)
 
 

@@ -377,6 +377,31 @@ def test_chunked_request_extras(raw, shared_proxy, connect, worker):
     assert common(conn.response()).lines() == [b"ok"]
 
 
+@pytest.mark.parametrize("size", [2049, 4097, 8193])
+def test_chunked_end_at_a_buffer_boundary(size, shared_proxy, connect, worker):
+    """O último CRLF de um corpo em chunks, partido entre duas leituras do servidor, ainda é o fim do corpo."""
+    end = b"\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n"
+    start = b"POST / HTTP/1.1\r\nX-Enche: "
+    conn = connect(shared_proxy)
+    conn.send(start + b"x" * (size - len(start) - len(end)) + end)
+    task = worker.next()
+    assert task.info["body"] == "ab"
+    task.finish("ok")
+    assert common(conn.response()).lines() == [b"ok"]
+
+
+def test_chunked_end_in_two_segments(shared_proxy, connect, worker):
+    """O último CR chega sem o seu LF, que vem logo depois."""
+    conn = connect(shared_proxy)
+    conn.send(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r")
+    worker.idle()
+    conn.send(b"\n")
+    task = worker.next()
+    assert task.info["body"] == "ab"
+    task.finish("ok")
+    assert common(conn.response()).lines() == [b"ok"]
+
+
 def test_request_in_small_pieces(shared_proxy, connect, worker):
     """Um pedido que chega aos bocados, cortado no meio de uma letra, é o mesmo pedido."""
     conn = connect(shared_proxy)
@@ -590,6 +615,7 @@ def test_no_body_allowed(start_proxy, host, connect, worker):
     proxy = start_proxy("--max-body", "0")
     error(connect(proxy).request("POST", "/", body="x").response(), 413, "body_too_large")
     worker.idle()
+    ("colchetes", b"GET http://[:::]/ HTTP/1.1\r\nHost: x\r\n\r\n", {400}),
     conn = connect(proxy).request("GET", "/")
     worker.next().finish()
     assert conn.response().lines() == []

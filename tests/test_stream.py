@@ -1,6 +1,7 @@
 """O streaming: ordem, fim, ritmo (PAUSE, MAXTIME, HEARTBEAT), leitura literal, saída do cliente, chaves e log."""
 
 import json
+import socket
 import time
 import uuid
 
@@ -104,8 +105,10 @@ def test_slow_reader_loses_nothing(start_proxy, host, connect, worker):
 def test_ends_pass_clients_that_do_not_read(start_proxy, host, connect, worker):
     """Streams que acabam com um cliente que não lê a última linha não seguram o fim dos outros."""
     proxy = start_proxy("-P", 0)
-    large = [bytes([97 + number]) * 12_000_000 for number in range(6)]
+    large = [bytes([97 + number]) * 6_000_000 for number in range(20)]
     slow = support.open_streams(connect, proxy, worker, len(large))
+    for response, _ in slow:
+        response.conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     others = support.open_streams(connect, proxy, worker, 20)
     for (_, task), line in zip(slow, large, strict=True):
         task.finish(line)
@@ -135,6 +138,41 @@ def test_many_ends_at_once(start_proxy, host, connect, worker):
     support.wait_empty(worker.client)
     rows = harness.eventually(lambda: len(rows := support.finished_rows(proxy)) == 200 and rows, 5, "linhas de log")
     assert {row["fim"] for row in rows} == {"concluida"}
+
+
+def test_last_lines_do_not_wait_for_the_others(start_proxy, host, connect, worker):
+    """Uma linha e o fim, em cem streams no mesmo instante: nenhum espera PAUSE para acabar, nem passa de MAXTIME."""
+    proxy = start_proxy("-P", 4000, "-t", 6000)
+    pairs = support.open_streams(connect, proxy, worker, 100)
+    with worker.client.pipeline(transaction=True) as pipe:
+        for _, task in pairs:
+            pipe.rpush(task.list, "uma")
+            pipe.delete(task.key)
+        began = time.monotonic()
+        pipe.execute()
+    assert harness.read_all([response for response, _ in pairs]) == [[b"uma"]] * 100
+    assert time.monotonic() - began < 3.5
+
+
+def test_half_closed_clients_do_not_delay_ends(start_proxy, host, connect, worker):
+    """Clientes que não leem e fecham metade da conexão não ocupam o lugar de quem acaba."""
+    proxy = start_proxy("-P", 0)
+    honest, honest_task = support.open_stream(connect, proxy, worker)
+    stuck = support.open_streams(connect, proxy, worker, 50)
+    for response, task in stuck:
+        response.conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        task.push(b"x" * 6_000_000)
+    for _, task in stuck:
+        harness.eventually(lambda task=task: not worker.client.exists(task.list), 30, "linha retirada")
+    for response, _ in stuck:
+        response.conn.half_close()
+    began = time.monotonic()
+    honest_task.delete()
+    assert honest.lines() == []
+    assert time.monotonic() - began < 0.8
+    for response, _ in stuck:
+        response.conn.reset()
+    support.wait_empty(worker.client, 10)
 
 
 def test_pause_separates_lines(start_proxy, host, connect, worker):
