@@ -169,7 +169,7 @@ def test_half_closed_clients_do_not_delay_ends(start_proxy, host, connect, worke
     began = time.monotonic()
     honest_task.delete()
     assert honest.lines() == []
-    assert time.monotonic() - began < 0.8
+    assert time.monotonic() - began < 1.5
     for response, _ in stuck:
         response.conn.reset()
     support.wait_empty(worker.client, 10)
