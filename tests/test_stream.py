@@ -169,7 +169,8 @@ def test_half_closed_clients_do_not_delay_ends(start_proxy, host, connect, worke
     began = time.monotonic()
     honest_task.delete()
     assert honest.lines() == []
-    assert time.monotonic() - began < 1.5
+    # A vez de cada um dos presos passaria a outro só depois de 100 ms, quatro de cada vez.
+    assert time.monotonic() - began < (1.1 if host == "flask" else 3)
     for response, _ in stuck:
         response.conn.reset()
     support.wait_empty(worker.client, 10)
