@@ -1031,10 +1031,10 @@ def configure_logging(level):
     """
     # Sem isto, uma falha de escrita geraria um traceback a cada linha.
     logging.raiseExceptions = False
-    # Nossas linhas não mostram de onde vêm; descobri-lo custaria um terço de cada uma.
+    # Nossas linhas não mostram de onde vêm: não se paga para descobri-lo.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
-    # A fila do Python feita em C: a outra trocaria de thread três vezes por linha.
+    # A fila feita em C; a outra troca de thread mais de duas vezes por linha.
     handler = log_queue(queue.SimpleQueue())
     handler.setFormatter(log_formatter(stderr_is_journal()))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
@@ -1753,7 +1753,7 @@ queue_keys = 200
 # Streams que acabam ao mesmo tempo: cada um põe uma thread a disputar o GIL com o coletor,
 # e mil de uma vez atrasariam as linhas dos outros. Quem demora mais que ending_patience
 # segundos, porque seu cliente não lê, não ocupa o lugar do próximo. Quem tem ainda linhas a
-# enviar tem mais lugares: sem um, precisaria de outra retirada.
+# enviar tem mais lugares: sem um, quem as envia é o coletor, à parte do fim.
 most_endings = 4
 most_last_lines = 16
 ending_patience = 0.1
@@ -3805,9 +3805,11 @@ def line_error(line):
         return 405
     if not target_form.fullmatch(target):
         return 0 if (method, target) == (b"OPTIONS", b"*") else 400
+    if target.startswith(b"/"):
+        return 0
     try:
         # Só ele diz se o que está entre colchetes é um endereço, e os servidores o chamam.
-        urllib.parse.urlsplit(target.decode("latin-1") if target[:1] != b"/" else "")
+        urllib.parse.urlsplit(target.decode("latin-1"))
     except ValueError:
         return 400
     return 0
