@@ -1267,7 +1267,7 @@ class redis_link:
         self.pool = pool
         self.connection = pool.make_connection()
         self.name = name
-        self.is_open = False
+        self.is_open = self.is_tls = False
         self.socket = None
         self.buffer, self.position = b"", 0
         self.pushes = []
@@ -1284,7 +1284,8 @@ class redis_link:
             # O redis-py não publica o socket; o nome é o mesmo em todas as versões.
             self.socket = self.connection._sock
             self.is_open = True
-            if not isinstance(self.socket, ssl.SSLSocket):
+            self.is_tls = isinstance(self.socket, ssl.SSLSocket)
+            if not self.is_tls:
                 # Um prazo do Python custaria um poll() por leitura e por escrita.
                 self.socket.settimeout(None)
                 set_deadline(self.socket, redis_timeout)
@@ -1351,6 +1352,8 @@ class redis_link:
             redis.InvalidResponse: se o que chegou não é do protocolo.
         """
         while True:
+            if self.position == len(self.buffer):
+                self.receive(1)
             is_push, reply, missing = self.next_reply()
             if missing:
                 self.receive(missing)
@@ -1384,21 +1387,39 @@ class redis_link:
         Levanta:
             OSError, redis.ConnectionError: se a conexão falhar.
         """
-        if isinstance(self.socket, ssl.SSLSocket):
-            self.socket.setblocking(False)
-            try:
-                # Lê tudo o que há, um registro por vez; o último pode não ter chegado inteiro.
-                with contextlib.suppress(ssl.SSLWantReadError):
-                    self.receive(most_pending)
-            finally:
-                self.socket.settimeout(redis_timeout)
-            return
-        with contextlib.suppress(BlockingIOError):
+        try:
+            if self.is_tls:
+                self.listen_tls()
+                return
             self.receive(1, socket.MSG_DONTWAIT)
             if len(self.buffer) >= receive_size:
                 # Um aviso de muitas chaves, interpretado de novo a cada pedaço, custaria o
                 # quadrado do tamanho.
                 self.receive(most_pending, socket.MSG_DONTWAIT)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+
+    def listen_tls(self):
+        """Lê, sem esperar, o que há em uma conexão com TLS.
+
+        Levanta:
+            ssl.SSLWantReadError: lido tudo.
+            OSError, redis.ConnectionError: se a conexão falhar.
+        """
+        self.socket.setblocking(False)
+        try:
+            # Um registro por vez; o último pode não ter chegado inteiro.
+            self.receive(most_pending)
+        finally:
+            self.socket.settimeout(redis_timeout)
+
+    def has_pushes(self):
+        """Diz se há avisos a entregar, ou um começo de aviso.
+
+        Retorna:
+            bool: falso se tudo o que chegou eram respostas.
+        """
+        return bool(self.pushes) or self.position < len(self.buffer)
 
     def take_pushes(self):
         """Entrega os avisos que já chegaram inteiros.
@@ -1841,7 +1862,7 @@ class collector(threading.Thread):
         self.link_fd = -1
         self.is_down = self.is_tracked = self.wake_refused = self.scripts_refused = False
         self.failures = self.cuts = self.returns = 0
-        self.retry_at = self.census_at = 0.0
+        self.retry_at = self.census_at = self.moment = 0.0
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
         self.recount_at = self.stop_at = self.refused_at = math.inf
         self.refusal = ""
@@ -2010,7 +2031,9 @@ class collector(threading.Thread):
             try:
                 self.sleep()
                 self.read_inbox()
-                self.run_timers(time.monotonic())
+                now = time.monotonic()
+                if now >= self.moment:
+                    self.run_timers(now)
                 if self.link.is_open or self.reconnect():
                     self.go_to_redis(time.monotonic())
             except Exception as error:
@@ -2034,14 +2057,14 @@ class collector(threading.Thread):
 
     def sleep(self):
         """Dorme até um pedido, um aviso, um cliente que sai ou o próximo prazo."""
-        moment = self.next_moment()
-        timeout = max(0.0, moment - time.monotonic())
+        self.moment = self.next_moment()
+        timeout = max(0.0, self.moment - time.monotonic())
         self.asleep = True
         # A caixa é olhada depois de asleep: quem chegou antes não tocou o alarme.
         events = self.poller.poll(0 if self.inbox else timeout)
         self.asleep = False
         if meter is not None:
-            meter.note_wake(moment, time.monotonic())
+            meter.note_wake(self.moment, time.monotonic())
         for descriptor, _ in events:
             if descriptor == self.alarm:
                 os.eventfd_read(self.alarm)
@@ -2395,7 +2418,8 @@ class collector(threading.Thread):
             position += len(entry.commands)
         # Depois das respostas: um aviso que chegou no meio delas pode ser de uma linha posta
         # depois da retirada que a teria levado.
-        self.hear_wake_ups()
+        if self.link.has_pushes():
+            self.hear_wake_ups()
 
     def build_batch(self, now):
         """Reúne os comandos pendentes.
@@ -2417,14 +2441,19 @@ class collector(threading.Thread):
         if self.removals:
             batch.append(batch_entry(removal_commands(self.removals), self.on_removal, self.removals))
             self.removals = []
-        # Antes das retiradas e da procura: NOLOOP cala a mudança de uma chave que nós, depois de
-        # um worker e no mesmo instante do Redis, também mudamos, e EXPIRE é mudar.
-        batch += self.build_renewal(now)
+        # Acordado antes da hora, só há o que o acordou: uma linha não espera pelo exame do resto.
+        is_due = now >= self.moment
+        if is_due:
+            # Antes das retiradas e da procura: NOLOOP cala a mudança de uma chave que nós, depois de
+            # um worker e no mesmo instante do Redis, também mudamos, e EXPIRE é mudar.
+            batch += self.build_renewal(now)
         takes = list(itertools.islice(self.hungry, round_takes))
         for stream in takes:
             del self.hungry[stream]
             batch.append(batch_entry(self.take_commands(stream), self.on_take, stream))
-        return batch + self.build_census(now) + self.build_orphans(now) + self.build_queue(now)
+        if is_due:
+            batch += self.build_census(now) + self.build_orphans(now) + self.build_queue(now)
+        return batch
 
     def build_census(self, now):
         """Monta a consulta periódica, que responde por todos os que esperam.
@@ -2440,8 +2469,6 @@ class collector(threading.Thread):
             list[batch_entry]: vazia se ainda não é hora.
         """
         if not self.waiting:
-            # O primeiro a esperar terá um INTERVAL inteiro.
-            self.schedule_census(now)
             self.recount_at, self.suspects, self.counted = math.inf, [], []
             return []
         batch = []
@@ -2627,6 +2654,9 @@ class collector(threading.Thread):
         Argumentos:
             stream (stream): stream sem linhas na lista.
         """
+        if not self.waiting:
+            # O primeiro a esperar terá um INTERVAL inteiro.
+            self.schedule_census(time.monotonic())
         self.waiting[stream] = next(self.order)
         # Pronta agora, a retirada sai mais cedo quando o aviso chegar.
         stream.packed_take = self.pack_take(stream) if self.scripts else None
@@ -2718,16 +2748,12 @@ class collector(threading.Thread):
         if isinstance(replies, Exception):
             self.hungry[stream] = None
             return
-        # Dentro de uma transação o erro vem entre as respostas do EXEC.
-        error = first_error(replies) or first_error(replies[-1])
-        if error_code(error) == "NOSCRIPT" or is_unable(error):
-            # SCRIPT FLUSH: reabrir a conexão carrega os scripts de novo.
-            self.hungry[stream] = None
-            self.lose_link(error)
-            return
-        if error is not None:
-            stream.answers.put(error)
-            return
+        if self.scripts is None or isinstance(replies[0], redis.ResponseError):
+            # Dentro de uma transação o erro vem entre as respostas do EXEC.
+            error = first_error(replies) or first_error(replies[-1])
+            if error is not None:
+                self.on_refused_take(stream, error)
+                return
         type_name, lines = replies[-1]
         if lines:
             stream.sequence += 1
@@ -2746,6 +2772,20 @@ class collector(threading.Thread):
         else:
             stream.answers.put(task_key_error(
                 f"a chave da tarefa foi trocada por um valor do tipo {type_name.decode()}: só se aceita uma lista"))
+
+    def on_refused_take(self, stream, error):
+        """Trata uma retirada que o Redis recusou.
+
+        Argumentos:
+            stream (stream): stream que pediu linhas.
+            error (redis.ResponseError): a recusa.
+        """
+        if error_code(error) == "NOSCRIPT" or is_unable(error):
+            # SCRIPT FLUSH: reabrir a conexão carrega os scripts de novo.
+            self.hungry[stream] = None
+            self.lose_link(error)
+        else:
+            stream.answers.put(error)
 
     def on_proof(self, streams, replies):
         """Reabre a conexão se os avisos cessaram; conta todos se o Redis não o diz.
