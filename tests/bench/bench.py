@@ -22,7 +22,7 @@ import rig
 import scenarios
 import servers
 
-usual = ("proxy-flask", "proxy-waitress", "limit", "nchan", "webdis")
+usual = ("proxy-flask", "proxy-waitress", "limit", "limit-redis", "nchan", "webdis")
 quick_usual = ("proxy-flask", "proxy-waitress", "limit")
 
 

@@ -56,11 +56,16 @@ rows = [
     ("FOREIGN", "foreign_lines_s", "FOREIGN: linhas alheias por s"),
 ]
 
-# Alvos: rótulo, cenário, número, a base de que o valor é um fator (limit: o mesmo cenário nele; L1: o mesmo servidor
-# em L1; None: nenhuma) e o valor, negativo se é um mínimo.
+limits = ("limit-redis", "limit")
+# Alvos: rótulo, cenário, número, a base de que o valor é um fator (um dos limits: o mesmo cenário nele; L1: o mesmo
+# servidor em L1; None: nenhuma) e o valor, negativo se é um mínimo.
 targets = [
-    *((f"{name}: p50 ≤ 1,5 × limit", name, "latency_p50_ms", "limit", 1.5) for name in ("L1", "L100", "L1000")),
-    *((f"{name}: p99 ≤ 2 × limit", name, "latency_p99_ms", "limit", 2) for name in ("L1", "L100", "L1000")),
+    *(
+        (f"{name}: {part} ≤ {text} × {base}", name, f"latency_{part}_ms", base, bound)
+        for base in limits
+        for part, text, bound in (("p50", "1,5", 1.5), ("p99", "2", 2))
+        for name in ("L1", "L100", "L1000")
+    ),
     ("END: p50 ≤ 3 ms", "END", "end_p50_ms", None, 3),
     ("IDLE: processador ≤ 0,6 s", "IDLE", "server_cpu_s", None, 0.6),
     ("IDLE: processador do Redis ≤ 0,2 s", "IDLE", "redis_cpu_s", None, 0.2),
@@ -188,7 +193,7 @@ def judge(found, server, target):
     value = figures[name]
     if base is None:
         return f"{short(value)} {'sim' if (value >= -bound if bound < 0 else value <= bound) else '**não**'}"
-    reference = found.get((scenario, "limit") if base == "limit" else (base, server))
+    reference = found.get((scenario, base) if base in limits else (base, server))
     if not reference or reference["broken"] or reference["short"] or not reference.get(name):
         return "n/d"
     ratio = value / reference[name]

@@ -7,7 +7,7 @@ import servers
 
 first = 101
 proxies = ("proxy-flask", "proxy-waitress", "proxy-poll")
-peers = ("limit", "nchan", "webdis")
+peers = ("limit", "limit-redis", "nchan", "webdis")
 # Clientes que saem no meio do silêncio de IDLE.
 leavers = 20
 # O REDIS_TTL padrão do proxy, em segundos.
@@ -446,7 +446,7 @@ scenarios = {
     ),
     "L100": scenario(timed, measured, 100, {"streams": 100, "lines": 5, "gap": [0.5, 2]}),
     "L1000": scenario(timed, measured, 1000, {"streams": 1000, "lines": 5, "gap": [0.5, 2]}),
-    "END": scenario(end, (*proxies, "limit", "nchan", "floor"), 100, {"streams": 100, "gap": [0.5, 4]}),
+    "END": scenario(end, (*proxies, "limit", "limit-redis", "nchan", "floor"), 100, {"streams": 100, "gap": [0.5, 4]}),
     "IDLE": scenario(idle, everyone, 1000, {"streams": 1000, "seconds": 15}, {"streams": 300, "seconds": 5}),
     "IDLE5000": scenario(idle, everyone, 5000, {"streams": 5000, "seconds": 15}),
     "IDLE10000": scenario(idle, everyone, 10000, {"streams": 10000, "seconds": 15}),
@@ -455,7 +455,7 @@ scenarios = {
     "THR": scenario(throughput, measured, 20, {"streams": 20, "lines": 5000}, {"streams": 20, "lines": 1000}),
     "REQ": scenario(
         requests,
-        (*proxies, "limit"),
+        (*proxies, "limit", "limit-redis"),
         32,
         {"total": 20000, "parallel": 32, "seconds": 6},
         {"total": 5000, "parallel": 32, "seconds": 2},

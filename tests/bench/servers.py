@@ -419,6 +419,7 @@ class limit(contestant):
     name = "limit"
     worker = "limit"
     per_stream = 2
+    script = "limit.py"
 
     def start(self, redis, settings=None):
         """Inicia e espera pela porta.
@@ -427,8 +428,24 @@ class limit(contestant):
             redis: o redis_server.
             settings: sem uso.
         """
-        self.spawn([sys.executable, str(here / "limit.py"), str(redis.port)])
+        self.spawn([sys.executable, str(here / self.script), str(redis.port)])
         self.port = int(self.wait_until(lambda: re.match(r"(\d+)\n", self.output()), "abrir a porta")[1])
+
+
+class limit_redis(limit):
+    """O mesmo, escrito com as bibliotecas: os streams do asyncio e o redis-py."""
+
+    name = "limit-redis"
+    script = "limit_redis.py"
+
+    def missing(self):
+        """Diz por que não pode ser medido.
+
+        Retorna:
+            str: frase, vazia se pode.
+        """
+        done = subprocess.run([find_redis(), "--version"], capture_output=True, text=True, check=False)
+        return "" if int(re.search(r"v=(\d+)", done.stdout)[1]) >= 7 else "BLMPOP pede o Redis 7"
 
 
 class nchan(contestant):
@@ -570,4 +587,4 @@ class floor(contestant):
         return []
 
 
-contestants = {item.name: item for item in (proxy_flask, proxy_waitress, proxy_poll, limit, nchan, webdis, floor)}
+contestants = {item.name: item for item in (proxy_flask, proxy_waitress, proxy_poll, limit, limit_redis, nchan, webdis, floor)}
