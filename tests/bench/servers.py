@@ -587,4 +587,6 @@ class floor(contestant):
         return []
 
 
-contestants = {item.name: item for item in (proxy_flask, proxy_waitress, proxy_poll, limit, limit_redis, nchan, webdis, floor)}
+contestants = {
+    item.name: item for item in (proxy_flask, proxy_waitress, proxy_poll, limit, limit_redis, nchan, webdis, floor)
+}
