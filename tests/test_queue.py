@@ -1,5 +1,6 @@
 """REDIS_QUEUE: nenhuma tarefa se perde por falta de quem ouça, cada uma vai a um só worker, e a fila não cresce."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -260,6 +261,23 @@ def test_example_workers_take_no_more_than_they_serve(form, start_proxy, connect
     assert [len(lines) for lines in harness.read_all(opened)] == [3] * 24
 
 
+def count_sleeps(group):
+    """Conta os sleep que já rodam em um grupo de processos.
+
+    Argumentos:
+        group: número do grupo.
+
+    Retorno:
+        Quantos (int).
+    """
+    count = 0
+    for entry in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, _, rest = entry.read_text().partition("(")[2].rpartition(")")
+            count += name == "sleep" and int(rest.split()[2]) == group
+    return count
+
+
 def test_full_worker_stops(start_proxy, connect, run_workers, db):
     """O worker.sh cheio, à espera de uma vaga, para na hora quando se pede a ele e aos filhos, e avisa cada cliente."""
     proxy = start_proxy(env=on)
@@ -267,6 +285,8 @@ def test_full_worker_stops(start_proxy, connect, run_workers, db):
     [process] = run_workers("sh", 1, delay=30)
     assert {bytes(response.line(30)) for response in opened[:parallel]} == {b'{"type": "begin"}'}
     harness.eventually(lambda: len(waiting(db)) == 1 and not db.info("clients")["blocked_clients"], 10, "cheio")
+    # Um sinal que chega entre o fork e o exec de um sleep perde-se, e o bash espera por ele até o fim.
+    harness.eventually(lambda: count_sleeps(process.pid) == parallel, 10, "um sleep por tarefa")
     # Ao grupo, como um Ctrl-C ou o systemd: o bash só trata um sinal quando o sleep acaba.
     os.killpg(process.pid, signal.SIGTERM)
     assert process.wait(15) == 0
