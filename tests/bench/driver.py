@@ -21,6 +21,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import resource
 import select
 import socket
@@ -428,7 +429,7 @@ def examine(item, lines, pad, end, kind, clocks):
     raw = b"".join(data for _, data in item.events)
     size = raw.find(b"\r\n\r\n") + 4
     head = raw[:size].lower()
-    if not head.startswith(b"http/1.1 200"):
+    if not head.startswith(b"http/1.1 200 "):
         raise ValueError(f"resposta {raw[:60]!r}")
     if b"transfer-encoding: chunked" not in head:
         raise ValueError("a resposta não é chunked")
@@ -460,6 +461,9 @@ def split_chunks(raw, position):
         stop = raw.find(b"\r\n", position)
         if stop < 0:
             break
+        # int() também aceita sinal, "0x" e sublinhado.
+        if not re.fullmatch(rb"[0-9A-Fa-f]+", raw[position:stop]):
+            raise ValueError(f"tamanho de chunk {raw[position:stop][:20]!r}")
         size = int(raw[position:stop], 16)
         begin = stop + 2
         if size == 0:

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Servidor `limit-redis` da bancada: o stream empurrado como se escreve com as bibliotecas, sem nenhum dever nosso.
+"""Servidor `limit-redis` da bancada: o stream empurrado como se escreve com as bibliotecas, sem os deveres do proxy.
 
-Um processo, os streams do asyncio para o HTTP e o redis-py (redis.asyncio) para o Redis: cada stream prende uma conexão
-em BLMPOP. Grava e publica a tarefa como o proxy, e nada mais do que ele faz: não tem limites, prazos, PAUSE, log,
-retirada repetível nem recuperação de falhas, e não percebe o cliente que sai. O fim é a palavra EOF, empurrada na lista.
+Um processo, os streams do asyncio para o HTTP e o redis-py (redis.asyncio, sem o hiredis) para o Redis: cada stream
+prende em BLMPOP uma conexão do pool. A tarefa é gravada e publicada como no proxy. Não há limites, prazos, PAUSE, log,
+retirada repetível nem recuperação de falhas, e o cliente que sai não é percebido. O fim é a palavra EOF, empurrada na
+lista.
 
 Argumentos: porta do Redis. Escreve na saída padrão a porta HTTP que abriu.
 """

@@ -56,7 +56,7 @@ rows = [
     ("FOREIGN", "foreign_lines_s", "FOREIGN: linhas alheias por s"),
 ]
 
-limits = ("limit-redis", "limit")
+limits = ("limit", "limit-redis")
 # Alvos: rótulo, cenário, número, a base de que o valor é um fator (um dos limits: o mesmo cenário nele; L1: o mesmo
 # servidor em L1; None: nenhuma) e o valor, negativo se é um mínimo.
 targets = [
