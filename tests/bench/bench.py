@@ -13,7 +13,6 @@ import pathlib
 import platform
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -91,7 +90,6 @@ def describe_machine():
     cpu = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = re.search(r"^model name\s*:\s*(.+)$", cpu, re.MULTILINE)
     memory = re.search(r"MemTotal:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text(encoding="ascii"))
-    redis = subprocess.run([servers.find_redis(), "--version"], capture_output=True, text=True, check=False).stdout
     nchan = servers.nchan(None)
     return {
         "data": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -100,7 +98,7 @@ def describe_machine():
         "núcleo do sistema": platform.release(),
         "python": platform.python_version(),
         "pacotes": ", ".join(f"{name} {package_version(name)}" for name in ("flask", "werkzeug", "waitress", "redis")),
-        "redis": " ".join(redis.split()[:3]).replace(" server", ""),
+        "redis": " ".join(servers.redis_version().split()[:3]).replace(" server", ""),
         "nchan": nchan.missing() or nchan.version(),
         "descritores": str(servers.hard_limit),
         "carga antes de começar": " ".join(f"{load:.2f}" for load in os.getloadavg()),

@@ -69,6 +69,18 @@ def parse(data, position):
     return count, position
 
 
+def body_size(text):
+    """Lê o tamanho do corpo de uma requisição.
+
+    Argumentos:
+        text: os cabeçalhos.
+
+    Retorna:
+        int: o de Content-Length; 0 sem ele.
+    """
+    return int(text.lower().partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
+
+
 class command_link(asyncio.Protocol):
     """Conexão dos comandos sem espera: grava, publica e apaga."""
 
@@ -209,10 +221,7 @@ class client(asyncio.Protocol):
         """
         self.buffer += data
         text, found, body = self.buffer.partition(b"\r\n\r\n")
-        if not found:
-            return
-        length = text.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
-        if len(body) < int(length or 0):
+        if not found or len(body) < body_size(text):
             return
         number = b"%d" % next(self.server.numbers)
         self.key = b"ndjson_task_" + number

@@ -15,14 +15,8 @@ import json
 import resource
 import sys
 
+import limit
 import redis.asyncio
-
-host = "127.0.0.1"
-batch = 500
-head = (
-    b"HTTP/1.1 200 OK\r\nServer: limit-redis\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n"
-    b"Cache-Control: no-cache\r\nConnection: close\r\n\r\n"
-)
 
 
 async def read_body(reader):
@@ -34,9 +28,7 @@ async def read_body(reader):
     Retorna:
         bytes: o corpo, do tamanho que Content-Length diz.
     """
-    text = await reader.readuntil(b"\r\n\r\n")
-    length = text.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
-    return await reader.readexactly(int(length or 0))
+    return await reader.readexactly(limit.body_size(await reader.readuntil(b"\r\n\r\n")))
 
 
 async def relay(client, name, writer):
@@ -48,7 +40,7 @@ async def relay(client, name, writer):
         writer: asyncio.StreamWriter do cliente.
     """
     while True:
-        _, lines = await client.blmpop(0, 1, name, direction="LEFT", count=batch)
+        _, lines = await client.blmpop(0, 1, name, direction="LEFT", count=limit.batch)
         is_last = lines[-1] == b"EOF"
         if is_last:
             lines.pop()
@@ -71,7 +63,7 @@ async def serve(client, number, reader, writer):
     """
     body = await read_body(reader)
     task_key, task_list = f"ndjson_task_{number}", f"ndjson_list_{number}"
-    writer.write(head)
+    writer.write(limit.head)
     task = {"body": body.decode(), "task_key": task_key, "task_list": task_list}
     await client.set(task_key, json.dumps(task), ex=600)
     await client.publish("ndjson_jobs", task_key)
@@ -86,10 +78,10 @@ async def main():
     """Programa principal: um argumento, a porta do Redis. Atende até ser encerrado."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    client = redis.asyncio.Redis(host=host, port=int(sys.argv[1]), max_connections=hard, socket_timeout=None)
+    client = redis.asyncio.Redis(host=limit.host, port=int(sys.argv[1]), max_connections=hard, socket_timeout=None)
     numbers = itertools.count()
     listener = await asyncio.start_server(
-        lambda reader, writer: serve(client, next(numbers), reader, writer), host, 0, backlog=4096
+        lambda reader, writer: serve(client, next(numbers), reader, writer), limit.host, 0, backlog=4096
     )
     print(listener.sockets[0].getsockname()[1], flush=True)
     await listener.serve_forever()

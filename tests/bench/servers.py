@@ -98,6 +98,15 @@ def find_redis():
     return None
 
 
+def redis_version():
+    """Lê a versão do Redis.
+
+    Retorna:
+        str: o que ele escreve, como "Redis server v=7.0.15 sha=...".
+    """
+    return subprocess.run([find_redis(), "--version"], capture_output=True, text=True, check=False).stdout
+
+
 class process:
     """Um processo em segundo plano, com a saída em um arquivo da pasta da medição."""
 
@@ -444,8 +453,7 @@ class limit_redis(limit):
         Retorna:
             str: frase, vazia se pode.
         """
-        done = subprocess.run([find_redis(), "--version"], capture_output=True, text=True, check=False)
-        return "" if int(re.search(r"v=(\d+)", done.stdout)[1]) >= 7 else "BLMPOP pede o Redis 7"
+        return "" if int(re.search(r"v=(\d+)", redis_version())[1]) >= 7 else "BLMPOP pede o Redis 7"
 
 
 class nchan(contestant):
