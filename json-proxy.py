@@ -1814,21 +1814,6 @@ def slices(streams):
     return [streams[start:start + 500] for start in range(0, len(streams), 500)]
 
 
-def take_turn(streams, start, size):
-    """Escolhe os streams da vez em um rodízio.
-
-    Argumentos:
-        streams (list[stream]): todos.
-        start (int): onde parou a vez anterior.
-        size (int): quantos escolher.
-    Retorna:
-        tuple: (lista com até size streams, onde começa a próxima vez).
-    """
-    start %= len(streams)
-    part = streams[start:start + size]
-    return part + streams[:min(start, size - len(part))], start + size
-
-
 class collector(threading.Thread):
     """Thread que conversa com o Redis em nome de todos os streams.
 
@@ -1867,7 +1852,7 @@ class collector(threading.Thread):
         self.recount_at = self.stop_at = self.refused_at = math.inf
         self.refusal = ""
         self.idle_at = time.monotonic() + idle_ping
-        self.count_turn = self.types_turn = 0
+        self.turns = self.types_start = 0
         self.suspects, self.counted, self.census_serial = [], [], 0
         self.cursor, self.orphan_at = b"0", 0.0
         self.strangers, self.orphans = [], []
@@ -2479,7 +2464,7 @@ class collector(threading.Thread):
             batch += [self.count_entry(part, self.on_recount) for part in slices(old)]
         if now >= self.census_at:
             self.schedule_census(now)
-            batch += self.build_count(list(self.waiting))
+            batch += self.build_count()
         suspects, self.suspects = self.suspects, []
         if self.scripts is None:
             for stream in suspects:
@@ -2501,29 +2486,47 @@ class collector(threading.Thread):
         """
         self.census_at = now + INTERVAL / 1000
 
-    def build_count(self, streams):
+    def build_count(self):
         """Monta a prova dos avisos e uma contagem; sem avisos, a procura.
 
         A prova confirma que o Redis ainda os manda por esta conexão: a ordem dela garante
         o resto.
 
-        Argumentos:
-            streams (list[stream]): todos os que esperam.
         Retorna:
             list[batch_entry]: a prova, o exame de algumas tarefas e a contagem de alguns
             streams, em rodízio; vazia sem avisos.
         """
         if not self.is_tracked:
-            self.suspects = streams
+            self.suspects = list(self.waiting)
             return []
         self.census_serial = next(self.order)
-        typed, self.types_turn = take_turn(streams, self.types_turn, types_size)
-        counted, self.count_turn = take_turn(streams, self.count_turn, count_size)
+        counted = self.take_turn()
+        start = self.types_start % len(counted)
+        typed = counted[start:start + types_size]
         return [
-            batch_entry([("CLIENT", "GETREDIR")], self.on_proof, streams),
+            batch_entry([("CLIENT", "GETREDIR")], self.on_proof, None),
             batch_entry([("TYPE", s.key) for s in typed], self.on_types, typed),
             self.count_entry(counted, self.on_count),
         ]
+
+    def take_turn(self):
+        """Escolhe, em rodízio, streams a contar, e decide quais deles examinar.
+
+        Os escolhidos vão para o fim de waiting, pois uma lista de todos custaria em
+        proporção a quantos esperam. Cada volta acaba no último, e os grupos são os mesmos
+        na seguinte, que examina outros de cada um.
+
+        Retorna:
+            list[stream]: de um a count_size streams à espera.
+        """
+        if self.turns >= len(self.waiting):
+            self.turns = 0
+            self.types_start += types_size
+        counted = list(itertools.islice(self.waiting, min(count_size, len(self.waiting) - self.turns)))
+        for stream in counted:
+            self.waiting[stream] = self.waiting.pop(stream)
+        self.turns += len(counted)
+        return counted
 
     def count_entry(self, streams, on_reply):
         """Monta a contagem das listas e das tarefas que existem.
@@ -2787,17 +2790,17 @@ class collector(threading.Thread):
         else:
             stream.answers.put(error)
 
-    def on_proof(self, streams, replies):
+    def on_proof(self, _, replies):
         """Reabre a conexão se os avisos cessaram; conta todos se o Redis não o diz.
 
         Argumentos:
-            streams (list[stream]): todos os que esperavam.
+            _ (None): sem uso.
             replies (list | Exception): zero se os avisos vêm por esta conexão, -1 se não.
         """
         if replies == [-1]:
             self.lose_link(redis.ConnectionError("o Redis deixou de mandar os avisos"))
         elif not isinstance(replies, Exception) and replies != [0]:
-            self.recount(streams)
+            self.recount(list(self.waiting))
 
     def on_count(self, streams, replies):
         """Compara uma contagem com o esperado.

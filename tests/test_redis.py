@@ -500,6 +500,26 @@ def test_every_wake_up_lost_by_many(start_redis, start_relay, start_proxy, host,
     assert harness.read_all([response for response, _ in pairs], 10) == [[]] * 300
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_every_stream_has_its_turn(start_redis, start_relay, start_proxy, host, connect, start_worker, replaced):
+    """O rodízio passa por todos: o aviso de um só, perdido, é suprido seja qual for o lugar dele entre os que esperam."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    proxy = start_proxy("-i", 10, redis=server, env={"REDIS_SERVER": relay.address})
+    worker = start_worker(server.client())
+    pairs = support.open_streams(connect, proxy, worker, 130)
+    relay.swap(support.invalidation, b"")
+    for response, task in pairs[::13]:
+        if replaced:
+            task.replace("a", "b")
+            assert response.lines(10) == [b"a", b"b"]
+        else:
+            task.push("a")
+            assert response.line(10) == b"a"
+    worker.client.flushdb()
+    harness.read_all([response for response, _ in pairs], 10)
+
+
 def test_wake_ups_that_cease(open_through_relay, host):
     """CLIENT GETREDIR diz que os avisos cessaram: o log diz, e a conexão é reaberta com eles."""
     _, relay, proxy, response, task = open_through_relay("-i", 300)
