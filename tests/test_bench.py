@@ -1,6 +1,7 @@
 """A bancada confere o que mede: um stream que se quebra não passa por inteiro, e um alvo não alcançado não passa por um."""
 
 import importlib
+import json
 import types
 
 import pytest
@@ -113,3 +114,23 @@ def test_targets_are_judged_by_their_own_base(bench):
     assert report.judge(found, "proxy-flask", loose) == "n/d"
     found["L1000", "proxy-flask"] = figures(0.1, broken=1)
     assert report.judge(found, "proxy-flask", strict) == "**quebrado** (1 de 3)"
+
+
+@pytest.mark.parametrize(("server", "status"), [("proxy-flask", 1), ("limit", 1), ("webdis", 0), ("nchan", 0)])
+def test_only_our_own_broken_runs_fail_the_bench(bench, tmp_path, capsys, server, status):
+    """Um par de outros que se quebra é um resultado; o proxy, ou a base por que se julga, reprova."""
+    record = {"scenario": "THR", "server": server, "run": 1, "short": False, "broken": "linha perdida"}
+    results = {"machine": {}, "quick": False, "runs": 1, "missing": {}, "records": [record]}
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    assert bench("bench").main(["--report", str(tmp_path)]) == status
+    assert f"- quebrado: THR, {server}, rodada 1: linha perdida" in capsys.readouterr().out
+
+
+def test_limit_knows_how_much_of_a_reply_is_missing(bench):
+    """Seja onde for o corte, o limit espera sem reler e sem esperar demais; inteira, a resposta é lida."""
+    parse = bench("limit").parse
+    reply = b"*2\r\n$4\r\nnome\r\n*2\r\n$5\r\nlinha\r\n$-1\r\n"
+    assert parse(reply, 0) == ([b"nome", [b"linha", None]], len(reply))
+    for size in range(len(reply)):
+        _, position = parse(reply[:size], 0)
+        assert -(len(reply) - size) <= position < 0

@@ -23,6 +23,8 @@ import servers
 
 usual = ("proxy-flask", "proxy-waitress", "limit", "limit-redis", "nchan", "webdis")
 quick_usual = ("proxy-flask", "proxy-waitress", "limit")
+# Programas de outros: um stream que um deles quebra é um resultado, e não um defeito daqui.
+foreigners = ("nchan", "webdis")
 
 
 def read_arguments(argv):
@@ -196,11 +198,9 @@ def main(argv):
         argv: argumentos.
 
     Retorna:
-        int: 0 se nenhuma medição se quebrou; 1 se alguma se quebrou.
+        int: 1 se uma medição se quebrou, a não ser a de um par que não é nosso; 0 se nenhuma.
     """
     given = read_arguments(argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
     if given.report:
         folder = pathlib.Path(given.report)
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -208,6 +208,8 @@ def main(argv):
         if not servers.find_redis():
             print("tests/bench/run: não há redis-server nem valkey-server", file=sys.stderr)
             return 1
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, leave)
         servers.raise_limit()
         base = pathlib.Path(os.environ.get("BENCH_CACHE") or ".")
         folder = pathlib.Path(given.out or base / time.strftime("bench-results/%Y%m%d-%H%M%S"))
@@ -215,7 +217,7 @@ def main(argv):
         results = run_all(given, folder)
     print(report.write(results, folder))
     print(f"resultados em {folder}", file=sys.stderr)
-    return 1 if any("broken" in record for record in results["records"]) else 0
+    return 1 if any("broken" in record and record["server"] not in foreigners for record in results["records"]) else 0
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def parse(data, position):
         position: onde a resposta começa.
 
     Retorna:
-        tuple: (valor, posição seguinte); posição -1 se a resposta ainda não chegou inteira.
+        tuple: (valor, posição seguinte); se a resposta ainda não chegou inteira, no lugar da posição, o número de bytes
+        que ao menos faltam, negativo.
     """
     stop = data.find(b"\r\n", position)
     if stop < 0:
@@ -55,15 +56,16 @@ def parse(data, position):
         size = int(count)
         if size < 0:
             return None, position
-        if position + size + 2 > len(data):
-            return None, -1
+        missing = position + size + 2 - len(data)
+        if missing > 0:
+            return None, -missing
         return data[position : position + size], position + size + 2
     if kind == b"*":
         items = []
         for _ in range(max(int(count), 0)):
             item, position = parse(data, position)
             if position < 0:
-                return None, -1
+                return None, position
             items.append(item)
         return items, position
     return count, position
@@ -113,7 +115,8 @@ class list_link(asyncio.Protocol):
         """
         self.server = server
         self.owner = None
-        self.buffer = b""
+        self.parts = []
+        self.missing = 0
 
     def connection_made(self, transport):
         """Guarda a conexão.
@@ -148,8 +151,13 @@ class list_link(asyncio.Protocol):
         Argumentos:
             data: bytes recebidos.
         """
-        if self.buffer:
-            data = self.buffer + data
+        if self.parts:
+            # Uma linha longa chega em muitos pedaços: lê-la a cada um custaria o quadrado do tamanho.
+            self.parts.append(data)
+            self.missing -= len(data)
+            if self.missing > 0:
+                return
+            data = b"".join(self.parts)
         reply, position = parse(data, 0)
         lines = []
         if position > 0:
@@ -159,9 +167,9 @@ class list_link(asyncio.Protocol):
                 more, position = parse(data, position)
                 lines = [reply[1], *(more or [])]
         if position < 0:
-            self.buffer = data
+            self.parts, self.missing = [data], -position
             return
-        self.buffer = b""
+        self.parts = []
         self.deliver(lines)
 
     def deliver(self, lines):

@@ -14,6 +14,8 @@ leavers = 20
 usual_ttl = 600
 # As configurações de END, THR, REQ e BIG: as linhas saem em lotes, sem pausa depois de cada uma.
 batches = {"PAUSE": 0}
+# As de MUTE: com um minuto de INTERVAL, a consulta periódica não corre durante a medição.
+mute = {"INTERVAL": 60000}
 
 
 def timed(make, seed, streams, lines, gap, every=True):
@@ -65,19 +67,20 @@ def clients(bench):
     return bench.redis.usage()["clients"] - rig.worker_clients[bench.server.worker]
 
 
-def idle(make, seed, streams, seconds):
-    """Deixa streams em silêncio e mede o que custam (IDLE).
+def idle(make, seed, streams, seconds, settings=None):
+    """Deixa streams em silêncio e mede o que custam (IDLE, MUTE).
 
     Argumentos:
         make: classe do concorrente.
         seed: semente da rodada.
         streams: quantos.
         seconds: duração do silêncio.
+        settings: outras configurações do proxy (nome -> valor), ou None.
 
     Retorna:
         dict: processador por 1000 streams e minuto, conexões, comandos por segundo, memória e saída de clientes.
     """
-    with rig.rig(make, seed) as bench:
+    with rig.rig(make, seed, settings=settings) as bench:
         time.sleep(0.5)
         empty = bench.server.memory()
         opened = bench.open(first, streams)
@@ -450,6 +453,8 @@ scenarios = {
     "IDLE": scenario(idle, everyone, 1000, {"streams": 1000, "seconds": 15}, {"streams": 300, "seconds": 5}),
     "IDLE5000": scenario(idle, everyone, 5000, {"streams": 5000, "seconds": 15}),
     "IDLE10000": scenario(idle, everyone, 10000, {"streams": 10000, "seconds": 15}),
+    "MUTE": scenario(idle, proxies, 1000, {"streams": 1000, "seconds": 15, "settings": mute}),
+    "MUTE10000": scenario(idle, proxies, 10000, {"streams": 10000, "seconds": 15, "settings": mute}),
     "RENEW": scenario(renew, proxies, 1000, {"streams": 1000, "ttl": 60, "seconds": 10}),
     "OPEN": scenario(opening, measured, 1000, {"streams": 1000}),
     "THR": scenario(throughput, measured, 20, {"streams": 20, "lines": 5000}, {"streams": 20, "lines": 1000}),

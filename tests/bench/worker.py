@@ -562,7 +562,7 @@ class nchan_worker(worker):
             raise ValueError(data[:80])
 
     def push(self, target, lines):
-        """Monta um POST por linha; o LF vai junto, pois o nchan não o acrescenta.
+        """Monta um POST; o LF vai junto, pois o nchan não o acrescenta, e um lote é uma mensagem de várias linhas.
 
         Argumentos:
             target: nome do canal.
@@ -571,9 +571,9 @@ class nchan_worker(worker):
         Retorna:
             tuple: (soquete, bytes).
         """
-        return self.pusher.sock, b"".join(
-            b"POST /pub/%b HTTP/1.1\r\nHost: bench\r\nContent-Length: %d\r\n\r\n%b\n" % (target, len(line) + 1, line)
-            for line in lines
+        body = b"\n".join(lines)
+        return self.pusher.sock, (
+            b"POST /pub/%b HTTP/1.1\r\nHost: bench\r\nContent-Length: %d\r\n\r\n%b\n" % (target, len(body) + 1, body)
         )
 
     def close(self, target):
