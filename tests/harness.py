@@ -892,7 +892,7 @@ class response:
 class connection:
     """Uma conexão TCP crua: envia bytes exatos, lê respostas aos poucos."""
 
-    def __init__(self, port, host="127.0.0.1", timeout=10.0, source=None):
+    def __init__(self, port, host="127.0.0.1", timeout=10.0, source=None, narrow=False):
         """Conecta.
 
         Argumentos:
@@ -900,9 +900,18 @@ class connection:
             host: endereço do proxy.
             timeout: prazo da conexão em segundos.
             source: endereço local de onde partir (str), se importa.
+            narrow: verdadeiro para a menor janela e segmentos curtos, com que o sistema guarda por um cliente que não lê
+                perto de 100 KB, e não 4 MB.
         """
-        where = (source, 0) if source else None
-        self.sock = socket.create_connection((host, port), timeout, source_address=where)
+        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.sock.settimeout(timeout)
+        if narrow:
+            # Só valem se postos antes de conectar.
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        if source:
+            self.sock.bind((source, 0))
+        self.sock.connect((host, port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.current = None
         self.method = "GET"

@@ -41,7 +41,7 @@ def open_stream(connect, proxy, worker, *args, **options):
     return response, task
 
 
-def open_streams(connect, proxy, worker, count):
+def open_streams(connect, proxy, worker, count, **options):
     """Abre muitos streamings ao mesmo tempo.
 
     Argumentos:
@@ -49,11 +49,12 @@ def open_streams(connect, proxy, worker, count):
         proxy: o proxy.
         worker: o harness.worker que recebe as tarefas.
         count: quantos.
+        options: os de harness.connection.
 
     Retorno:
         Lista de pares (response, task), na ordem das conexões.
     """
-    connections = [connect(proxy).request("POST", f"/{number}") for number in range(count)]
+    connections = [connect(proxy, **options).request("POST", f"/{number}") for number in range(count)]
     tasks = [worker.next(10) for _ in connections]
     named = {task.name: task for task in tasks}
     responses = [item.response() for item in connections]

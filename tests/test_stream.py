@@ -1,7 +1,6 @@
 """O streaming: ordem, fim, ritmo (PAUSE, MAXTIME, HEARTBEAT), leitura literal, saída do cliente, chaves e log."""
 
 import json
-import socket
 import time
 import uuid
 
@@ -105,10 +104,8 @@ def test_slow_reader_loses_nothing(start_proxy, host, connect, worker):
 def test_ends_pass_clients_that_do_not_read(start_proxy, host, connect, worker):
     """Streams que acabam com um cliente que não lê a última linha não seguram o fim dos outros."""
     proxy = start_proxy("-P", 0)
-    large = [bytes([97 + number]) * 6_000_000 for number in range(20)]
-    slow = support.open_streams(connect, proxy, worker, len(large))
-    for response, _ in slow:
-        response.conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    large = [bytes([97 + number]) * 600_000 for number in range(20)]
+    slow = support.open_streams(connect, proxy, worker, len(large), narrow=True)
     others = support.open_streams(connect, proxy, worker, 20)
     for (_, task), line in zip(slow, large, strict=True):
         task.finish(line)
@@ -156,14 +153,12 @@ def test_last_lines_do_not_wait_for_the_others(start_proxy, host, connect, worke
 
 def test_half_closed_clients_do_not_delay_ends(start_proxy, host, connect, worker):
     """Clientes que não leem e fecham metade da conexão não ocupam o lugar de quem acaba."""
-    count, limit = (90, 2) if host == "flask" else (50, 3)
     proxy = start_proxy("-P", 0, "-t", 100000)
     honest, honest_task = support.open_stream(connect, proxy, worker)
-    stuck = support.open_streams(connect, proxy, worker, count)
-    for response, task in stuck:
-        response.conn.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    stuck = support.open_streams(connect, proxy, worker, 120, narrow=True)
+    for _, task in stuck:
         # Mais do que o sistema guarda por um cliente que não lê.
-        task.push(b"x" * 4_500_000)
+        task.push(b"x" * 600_000)
     for _, task in stuck:
         harness.eventually(lambda task=task: not worker.client.exists(task.list), 30, "linha retirada")
     for response, _ in stuck:
@@ -171,9 +166,8 @@ def test_half_closed_clients_do_not_delay_ends(start_proxy, host, connect, worke
     began = time.monotonic()
     honest_task.delete()
     assert honest.lines() == []
-    # A vez de cada um dos presos passaria a outro só depois de 100 ms, quatro de cada vez. No waitress o laço dele, com
-    # tudo o que tem a enviar, demora outro tanto.
-    assert time.monotonic() - began < limit
+    # A vez de cada um dos presos passaria a outro só depois de 100 ms, quatro de cada vez: três segundos.
+    assert time.monotonic() - began < 2
     for response, _ in stuck:
         response.conn.reset()
     support.wait_empty(worker.client, 10)
