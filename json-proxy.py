@@ -761,11 +761,14 @@ def has_password(address):
     """Diz se um endereço do Redis traz uma senha.
 
     Argumentos:
-        address (str): valor de REDIS_SERVER, já conferido.
+        address (str): valor de REDIS_SERVER, ou um que outro argumento já trocou e ninguém conferiu.
     Retorna:
         bool: verdadeiro se é uma URL com senha antes do @ ou entre as opções.
     """
-    url = urllib.parse.urlsplit(address)
+    try:
+        url = urllib.parse.urlsplit(address)
+    except ValueError:
+        return "@" in address
     return "://" in address and bool(url.password or any("password" in name for name in urllib.parse.parse_qs(url.query)))
 
 
@@ -1562,6 +1565,17 @@ def is_unable(error):
     return error_code(error) in unable_codes
 
 
+def is_evalsha_denied(error):
+    """Diz se o Redis negou rodar um script, e não o que ele faz.
+
+    Argumentos:
+        error (Exception): resposta do Redis, ou None.
+    Retorna:
+        bool: verdadeiro se o usuário não pode usar EVALSHA.
+    """
+    return error_code(error) == "NOPERM" and "'evalsha" in str(error)
+
+
 def error_code(error):
     """Extrai o código de um erro do Redis.
 
@@ -1753,8 +1767,8 @@ take_bytes = 262144
 round_takes = 128
 # Redes de segurança, em rodízio, a cada INTERVAL com avisos: streams contados, e tarefas
 # examinadas uma a uma, pois a contagem não percebe uma tarefa trocada por uma lista.
-count_size = 50
-types_size = 3
+count_size = 16
+types_size = 1
 # Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
 answer_timeout = 5.0
 # Tempos do coletor, em segundos: tolerância para um aviso já a caminho, sinal de
@@ -2783,8 +2797,8 @@ class collector(threading.Thread):
             stream (stream): stream que pediu linhas.
             error (redis.ResponseError): a recusa.
         """
-        if error_code(error) == "NOSCRIPT" or is_unable(error):
-            # SCRIPT FLUSH: reabrir a conexão carrega os scripts de novo.
+        if error_code(error) == "NOSCRIPT" or is_unable(error) or is_evalsha_denied(error):
+            # SCRIPT FLUSH, ou uma ACL mudada agora: quem reabre a conexão carrega os scripts de novo, ou passa sem eles.
             self.hungry[stream] = None
             self.lose_link(error)
         else:
@@ -5337,41 +5351,38 @@ def shown_value(row, given):
     return given.text
 
 
-def secret_places(words, flags):
-    """Acha os segredos entre as palavras da linha de comando.
+def secret_places(argv):
+    """Acha os segredos na linha de comando, também os que um argumento posterior trocou.
 
     Argumentos:
-        words (list[bytes]): palavras.
-        flags (list[bytes]): argumentos cujo valor é um segredo.
+        argv (list[str]): argumentos, sem o nome do programa.
     Retorna:
-        list: pares (posição da palavra, início do segredo dentro dela).
+        list: pares (posição do argumento, início do segredo dentro dele, em bytes).
     """
+    owners = {flag: row for row in settings if row.secret or row.name == "REDIS_SERVER" for flag in row.flags}
     # O valor vem na palavra seguinte, ou na mesma: -Svalor, --secret=valor.
-    prefixes = [flag + b"=" if flag.startswith(b"--") else flag for flag in flags]
-    places, is_value = [], False
-    for position, word in enumerate(words):
-        prefix = next((prefix for prefix in prefixes if word.startswith(prefix)), None)
-        if is_value:
-            places.append((position, 0))
-        elif prefix:
+    prefixes = {flag + "=" if flag.startswith("--") else flag: row for flag, row in owners.items()}
+    places, owner = [], None
+    for position, word in enumerate(argv):
+        prefix = "" if owner else next((prefix for prefix in prefixes if word.startswith(prefix)), "")
+        row = owner or prefixes.get(prefix)
+        if row and (row.secret or has_password(word[len(prefix):])):
             places.append((position, len(prefix)))
-        is_value = not is_value and word in flags
+        owner = None if owner else owners.get(word)
     return places
 
 
-def hide_secrets(given, count):
+def hide_secrets(argv):
     """Cobre com asteriscos os segredos que a lista de processos mostra.
 
     É o que se pode fazer depois de iniciado, e onde o sistema não deixa nada muda: o
     lugar de um segredo é o arquivo.
 
     Argumentos:
-        given (dict): texto e camada de cada configuração.
-        count (int): número de argumentos, sem o nome do programa.
+        argv (list[str]): argumentos, sem o nome do programa.
     """
-    rows = secret_arguments({name: text for name, (text, layer) in given.items() if layer.startswith("argumento ")})
-    flags = [flag.encode() for row in rows for flag in row.flags]
-    if not flags:
+    places = secret_places(argv)
+    if not places:
         return
     try:
         with open("/proc/self/stat", "rb") as file:
@@ -5381,8 +5392,8 @@ def hide_secrets(given, count):
         with open("/proc/self/mem", "r+b", buffering=0) as memory:
             memory.seek(start)
             words = memory.read(end - start).removesuffix(b"\0").split(b"\0")
-            first = len(words) - count
-            for position, begin in secret_places(words[first:], flags):
+            first = len(words) - len(argv)
+            for position, begin in places:
                 before = sum(len(word) + 1 for word in words[:first + position])
                 memory.seek(start + before + begin)
                 memory.write(b"*" * (len(words[first + position]) - begin))
@@ -5629,7 +5640,7 @@ def main(argv):
         log.setLevel(LOG_LEVEL.upper())
         for warning in warnings:
             log.warning("%s", warning)
-        hide_secrets(given, len(argv))
+        hide_secrets(argv)
         if "check" in actions:
             return check(given)
     except configuration_error as error:

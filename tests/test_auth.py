@@ -361,6 +361,14 @@ def test_redis_url_leaves_the_process_list(start_redis, start_proxy, host, conne
     assert "aviso" not in quiet.log()
 
 
+@pytest.mark.parametrize("lost", ["redis://:segredo@127.0.0.1", "redis://:segredo@[127.0.0.1"], ids=["bom", "malfeito"])
+def test_replaced_redis_url_leaves_the_process_list(start_proxy, redis_main, lost):
+    """Uma URL com senha que outra, sem senha, trocou também é coberta, ainda que não servisse."""
+    proxy = start_proxy(f"--redis={lost}", "-R", redis_main.address)
+    assert command_line(proxy)[-3:] == [b"--redis=" + b"*" * len(lost), b"-R", redis_main.address.encode()]
+    assert "segredo" not in proxy.log()
+
+
 def test_task_of_an_open_proxy_keeps_its_headers(shared_proxy, connect, worker):
     """Sem AUTH_TOKEN nada muda: qualquer um entra, e os cabeçalhos vão inteiros."""
     response, task = support.open_stream(connect, shared_proxy, worker, "GET", "/", bearer("qualquer"))

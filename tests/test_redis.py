@@ -297,6 +297,23 @@ def test_scripts_denied(start_redis, start_proxy, host, connect, start_worker, p
     assert len([line for line in proxy.log().splitlines() if "script" in line]) == 1, proxy.log()
 
 
+def test_scripts_denied_in_mid_stream(start_redis, start_proxy, host, connect, start_worker):
+    """Scripts negados com streams vivos: o LPOP simples toma o lugar deles, sem linha perdida nem stream acabado."""
+    server = start_redis()
+    proxy = start_proxy("-i", 100, redis=server, env=support.limited_user(server))
+    worker = start_worker(server.client())
+    pairs = support.open_streams(connect, proxy, worker, 3)
+    for response, task in pairs:
+        push_into_silence(response, task, 2, 0.1)
+    support.limited_user(server, "-@scripting")
+    for response, task in pairs:
+        push_into_silence(response, task, 2, 0.1)
+        task.finish(*numbered(20))
+    for response, _ in pairs:
+        assert response.lines() == numbered(20)
+    assert proxy.log().count("tiradas com LPOP simples") == 1, proxy.log()
+
+
 @pytest.mark.parametrize("pause", [0, 1])
 def test_redis_killed_and_restarted_in_mid_stream(
     start_redis, start_proxy, host, connect, start_worker, start_pusher, pause
