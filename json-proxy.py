@@ -1866,7 +1866,7 @@ class collector(threading.Thread):
         self.recount_at = self.stop_at = self.refused_at = math.inf
         self.refusal = ""
         self.idle_at = time.monotonic() + idle_ping
-        self.turns = self.types_start = 0
+        self.passed = self.types_start = 0
         self.suspects, self.counted, self.census_serial = [], [], 0
         self.cursor, self.orphan_at = b"0", 0.0
         self.strangers, self.orphans = [], []
@@ -2527,19 +2527,19 @@ class collector(threading.Thread):
         """Escolhe, em rodízio, streams a contar, e decide quais deles examinar.
 
         Os escolhidos vão para o fim de waiting, pois uma lista de todos custaria em
-        proporção a quantos esperam. Cada volta acaba no último, e os grupos são os mesmos
-        na seguinte, que examina outros de cada um.
+        proporção a quantos esperam. Cada volta (passed conta quantos já passaram nela) acaba
+        no último, e os grupos são os mesmos na seguinte, que examina outros de cada um.
 
         Retorna:
             list[stream]: de um a count_size streams à espera.
         """
-        if self.turns >= len(self.waiting):
-            self.turns = 0
+        if self.passed >= len(self.waiting):
+            self.passed = 0
             self.types_start += types_size
-        counted = list(itertools.islice(self.waiting, min(count_size, len(self.waiting) - self.turns)))
+        counted = list(itertools.islice(self.waiting, min(count_size, len(self.waiting) - self.passed)))
         for stream in counted:
             self.waiting[stream] = self.waiting.pop(stream)
-        self.turns += len(counted)
+        self.passed += len(counted)
         return counted
 
     def count_entry(self, streams, on_reply):
