@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import platform
+import random
 import re
 import signal
 import sys
@@ -164,9 +165,8 @@ def run_all(given, folder):
             elif refusal == "":
                 ready.append(server)
         for run in range(1, given.runs + 1):
-            # A ordem gira: nenhum concorrente fica sempre com o mesmo vizinho de antes.
-            turn = run % len(ready) if ready else 0
-            for server in ready[turn:] + ready[:turn]:
+            # Em cada rodada outra ordem: nenhum concorrente fica sempre com o mesmo vizinho de antes.
+            for server in random.Random(f"{name}-{run}").sample(ready, len(ready)):
                 record = {"scenario": name, "server": server, "run": run}
                 record["short"] = given.quick and bool(scenario.quick)
                 record |= measure(scenario, given.quick, servers.contestants[server], f"{name}-{run}")
