@@ -761,14 +761,11 @@ def has_password(address):
     """Diz se um endereço do Redis traz uma senha.
 
     Argumentos:
-        address (str): valor de REDIS_SERVER, ou um que outro argumento já trocou e ninguém conferiu.
+        address (str): valor de REDIS_SERVER, já conferido.
     Retorna:
         bool: verdadeiro se é uma URL com senha antes do @ ou entre as opções.
     """
-    try:
-        url = urllib.parse.urlsplit(address)
-    except ValueError:
-        return "@" in address
+    url = urllib.parse.urlsplit(address)
     return "://" in address and bool(url.password or any("password" in name for name in urllib.parse.parse_qs(url.query)))
 
 
@@ -1776,6 +1773,8 @@ answer_timeout = 5.0
 wake_grace = 0.005
 idle_ping = 15.0
 status_interval = 5.0
+# Uma recusa em menos deste tempo, em segundos, depois de outra faz esperar mais para reabrir.
+refusal_memory = 5.0
 # Espera, em segundos, para pedir de novo que se apaguem as chaves que o Redis recusou apagar.
 removal_retry = 2.0
 # Procura por listas órfãs: tempo entre duas voltas e entre dois passos de uma volta,
@@ -1828,6 +1827,24 @@ def slices(streams):
     return [streams[start:start + 500] for start in range(0, len(streams), 500)]
 
 
+def take_turn(streams, size):
+    """Escolhe os streams da vez em um rodízio, e os põe no fim.
+
+    Uma lista de todos custaria em proporção a quantos são; e um lugar contado do
+    começo mudaria de dono com quem sai e quem volta.
+
+    Argumentos:
+        streams (dict): de stream a qualquer valor; na frente, os que esperam há mais tempo pela vez.
+        size (int): quantos escolher.
+    Retorna:
+        list[stream]: até size streams.
+    """
+    part = list(itertools.islice(streams, size))
+    for each in part:
+        streams[each] = streams.pop(each)
+    return part
+
+
 class collector(threading.Thread):
     """Thread que conversa com o Redis em nome de todos os streams.
 
@@ -1860,13 +1877,14 @@ class collector(threading.Thread):
         self.take_head = b""
         self.link_fd = -1
         self.is_down = self.is_tracked = self.wake_refused = self.scripts_refused = False
-        self.failures = self.cuts = self.returns = 0
+        self.failures = self.refusals = self.cuts = self.returns = 0
         self.retry_at = self.census_at = self.moment = 0.0
         self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
         self.recount_at = self.stop_at = self.refused_at = math.inf
+        self.refusal_at = -math.inf
         self.refusal = ""
         self.idle_at = time.monotonic() + idle_ping
-        self.passed = self.types_start = 0
+        self.exams = {}
         self.suspects, self.counted, self.census_serial = [], [], 0
         self.cursor, self.orphan_at = b"0", 0.0
         self.strangers, self.orphans = [], []
@@ -1992,6 +2010,7 @@ class collector(threading.Thread):
         self.hungry.pop(stream, None)
         self.waiting.pop(stream, None)
         self.renewals.pop(stream, None)
+        self.exams.pop(stream, None)
         self.names.pop(stream.key, None)
         self.names.pop(stream.list, None)
         self.removals.append(stream)
@@ -2304,6 +2323,12 @@ class collector(threading.Thread):
             # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
             log.warning("Redis ainda fora do ar: %s", reason(error))
         self.is_down, self.refusal = True, str(error)
+        if isinstance(error, redis.ResponseError):
+            # Uma recusa que dura, como a de uma ACL, seria achada de novo logo depois de reabrir.
+            now = time.monotonic()
+            self.refusals = self.refusals + 1 if now < self.refusal_at + refusal_memory else 0
+            self.refusal_at = now
+            self.failures = max(self.failures, self.refusals)
         self.retry_at = time.monotonic() + min(1.0, 0.05 * 2 ** min(self.failures, 6)) * (self.failures > 0)
         self.failures += 1
 
@@ -2514,33 +2539,14 @@ class collector(threading.Thread):
             self.suspects = list(self.waiting)
             return []
         self.census_serial = next(self.order)
-        counted = self.take_turn()
-        start = self.types_start % len(counted)
-        typed = counted[start:start + types_size]
+        counted = take_turn(self.waiting, count_size)
+        # Quem não espera está em uma retirada, que também lê o tipo.
+        typed = [each for each in take_turn(self.exams, types_size) if each in self.waiting]
         return [
             batch_entry([("CLIENT", "GETREDIR")], self.on_proof, None),
             batch_entry([("TYPE", s.key) for s in typed], self.on_types, typed),
             self.count_entry(counted, self.on_count),
         ]
-
-    def take_turn(self):
-        """Escolhe, em rodízio, streams a contar, e decide quais deles examinar.
-
-        Os escolhidos vão para o fim de waiting, pois uma lista de todos custaria em
-        proporção a quantos esperam. Cada volta (passed conta quantos já passaram nela) acaba
-        no último, e os grupos são os mesmos na seguinte, que examina outros de cada um.
-
-        Retorna:
-            list[stream]: de um a count_size streams à espera.
-        """
-        if self.passed >= len(self.waiting):
-            self.passed = 0
-            self.types_start += types_size
-        counted = list(itertools.islice(self.waiting, min(count_size, len(self.waiting) - self.passed)))
-        for stream in counted:
-            self.waiting[stream] = self.waiting.pop(stream)
-        self.passed += len(counted)
-        return counted
 
     def count_entry(self, streams, on_reply):
         """Monta a contagem das listas e das tarefas que existem.
@@ -2675,6 +2681,7 @@ class collector(threading.Thread):
             # O primeiro a esperar terá um INTERVAL inteiro.
             self.schedule_census(time.monotonic())
         self.waiting[stream] = next(self.order)
+        self.exams.setdefault(stream)
         # Pronta agora, a retirada sai mais cedo quando o aviso chegar.
         stream.packed_take = self.pack_take(stream) if self.scripts else None
 
@@ -5366,7 +5373,8 @@ def secret_places(argv):
     for position, word in enumerate(argv):
         prefix = "" if owner else next((prefix for prefix in prefixes if word.startswith(prefix)), "")
         row = owner or prefixes.get(prefix)
-        if row and (row.secret or has_password(word[len(prefix):])):
+        # O endereço que outro argumento trocou ninguém conferiu: cobre-se o que possa ter senha.
+        if row and (row.secret or re.search("@|password", urllib.parse.unquote(word[len(prefix):]))):
             places.append((position, len(prefix)))
         owner = None if owner else owners.get(word)
     return places

@@ -905,13 +905,17 @@ class connection:
         """
         self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self.sock.settimeout(timeout)
-        if narrow:
-            # Só valem se postos antes de conectar.
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
-        if source:
-            self.sock.bind((source, 0))
-        self.sock.connect((host, port))
+        try:
+            if narrow:
+                # Só valem se postos antes de conectar.
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+            if source:
+                self.sock.bind((source, 0))
+            self.sock.connect((host, port))
+        except BaseException:
+            self.sock.close()
+            raise
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.current = None
         self.method = "GET"

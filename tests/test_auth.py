@@ -354,6 +354,8 @@ def test_redis_url_leaves_the_process_list(start_redis, start_proxy, host, conne
     assert connect(proxy).request("GET", "/ping").response().body() == b"pong"
     assert command_line(proxy)[-2:] == [b"-R", b"*" * len(address)]
     assert len(re.findall(r"(?m)^aviso: REDIS_SERVER.*--redis", proxy.log())) == 1
+    other = start_proxy(f"-R={address}", redis=server)
+    assert command_line(other)[-1] == b"-R" + b"*" * len(f"={address}")
     assert "segredo" not in proxy.log().replace("deixa o segredo à vista", "")
     plain = f"redis://{server.address}"
     quiet = start_proxy("-R", plain, redis=server)
@@ -361,7 +363,12 @@ def test_redis_url_leaves_the_process_list(start_redis, start_proxy, host, conne
     assert "aviso" not in quiet.log()
 
 
-@pytest.mark.parametrize("lost", ["redis://:segredo@127.0.0.1", "redis://:segredo@[127.0.0.1"], ids=["bom", "malfeito"])
+@pytest.mark.parametrize(
+    "lost",
+    ["redis://:segredo@127.0.0.1", "redis://:segredo@[127.0.0.1", "redis://:segredo/x@127.0.0.1", ":segredo@127.0.0.1",
+     "unix:///tmp/x?password=segredo"],
+    ids=["bom", "malfeito", "barra", "sem_esquema", "opção"],
+)
 def test_replaced_redis_url_leaves_the_process_list(start_proxy, redis_main, lost):
     """Uma URL com senha que outra, sem senha, trocou também é coberta, ainda que não servisse."""
     proxy = start_proxy(f"--redis={lost}", "-R", redis_main.address)

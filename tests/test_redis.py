@@ -3,6 +3,7 @@ perdidas. Em nenhum desses casos uma linha se perde, se repete ou troca de lugar
 
 import contextlib
 import json
+import random
 import threading
 import time
 
@@ -535,6 +536,60 @@ def test_every_stream_has_its_turn(start_redis, start_relay, start_proxy, host, 
             assert response.line(10) == b"a"
     worker.client.flushdb()
     harness.read_all([response for response, _ in pairs], 10)
+
+
+def test_turn_of_a_silent_stream_among_busy_ones(start_redis, start_relay, start_proxy, host, connect, start_worker):
+    """Quem recebe linhas sai da espera e volta a ela: isso não tira a vez de quem está em silêncio."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    proxy = start_proxy("-P", 0, "-i", 20, redis=server, env={"REDIS_SERVER": relay.address})
+    worker = start_worker(server.client())
+    pairs = support.open_streams(connect, proxy, worker, 100)
+    chance = random.Random(4)
+    chance.shuffle(pairs)
+    busy, silent = [task for _, task in pairs[:60]], pairs[60:]
+    relay.swap(support.invalidation, b"")
+    for _, task in silent:
+        task.replace("a")
+    # Uma volta ao Redis: os avisos das trocas já passaram pelo relay.
+    time.sleep(0.05)
+    relay.swap(rb"nunca", b"")
+    done = threading.Event()
+
+    def talk():
+        """Empurra uma linha por INTERVAL a um dos outros, até que acabem os silenciosos."""
+        while not done.wait(0.02):
+            chance.choice(busy).push("x")
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    began = server.calls("client|getredir")
+    try:
+        assert harness.read_all([response for response, _ in silent], 20) == [[b"a"]] * 40
+    finally:
+        done.set()
+        talker.join()
+    # Um por INTERVAL: bastam cem, e há quem demore a ler.
+    assert server.calls("client|getredir") - began < 140
+    for task in busy:
+        task.delete()
+
+
+def test_refusal_that_lasts_does_not_loop(start_redis, start_proxy, host, connect, start_worker):
+    """Uma ACL nega o que a procura faz: a conexão é reaberta cada vez mais devagar, e os streams continuam vivos."""
+    server = start_redis()
+    proxy = start_proxy("--ttl", 3, redis=server, env=support.limited_user(server))
+    pairs = support.open_streams(connect, proxy, start_worker(server.client()), 5)
+    support.limited_user(server, "-exists")
+    proxy.wait_log("Redis fora do ar")
+    time.sleep(2)
+    assert proxy.log().count("Redis fora do ar") < 12, proxy.log()
+    support.limited_user(server, "+exists")
+    for response, task in pairs:
+        task.push("a")
+        assert response.line(5) == b"a"
+        task.finish()
+        assert response.lines(5) == []
 
 
 def test_wake_ups_that_cease(open_through_relay, host):
