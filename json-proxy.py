@@ -2313,23 +2313,23 @@ class collector(threading.Thread):
         Argumentos:
             error (Exception): a causa.
         """
+        now, is_refused = time.monotonic(), isinstance(error, redis_refusals)
         self.link.close()
         self.link_fd, self.is_tracked = -1, False
         if not self.is_down:
             self.cuts += 1
             log.warning("Redis fora do ar: %s", reason(error))
             self.hurry_status()
-        elif isinstance(error, redis_refusals) and str(error) != self.refusal:
+        elif is_refused and str(error) != self.refusal:
             # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
             log.warning("Redis ainda fora do ar: %s", reason(error))
         self.is_down, self.refusal = True, str(error)
-        if isinstance(error, redis.ResponseError):
+        if is_refused:
             # Uma recusa que dura, como a de uma ACL, seria achada de novo logo depois de reabrir.
-            now = time.monotonic()
             self.refusals = self.refusals + 1 if now < self.refusal_at + refusal_memory else 0
             self.refusal_at = now
             self.failures = max(self.failures, self.refusals)
-        self.retry_at = time.monotonic() + min(1.0, 0.05 * 2 ** min(self.failures, 6)) * (self.failures > 0)
+        self.retry_at = now + min(1.0, 0.05 * 2 ** min(self.failures, 6)) * (self.failures > 0)
         self.failures += 1
 
     def reconnect(self):
