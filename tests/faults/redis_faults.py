@@ -19,14 +19,11 @@ import time
 import redis
 
 import harness
+import peers
 import support
 
-# FAULTS=full escolhe a forma longa, com os números da tabela do README desta pasta.
-FAULTS = os.environ.get("FAULTS", "")
-full = FAULTS == "full"
-
 # Prazo de cada prova, em segundos: o da forma longa cobre a mais demorada numa máquina ocupada.
-limit = 1800 if full else 120
+limit = peers.scale(120, 1800)
 
 # Semente dos sorteios, impressa com a conta de cada prova: com ela uma falha se repete tanto quanto o relógio deixa. Na
 # integração contínua é fixa; fora dela, outra a cada vez, se FAULTS_SEED não a escolhe.
@@ -36,28 +33,6 @@ FAULTS_SEED = int(
 
 # O redis_timeout do json-proxy.py: uma parada maior que ele faz o proxy desistir da conexão.
 proxy_patience = 2.0
-
-
-def pick(short, long):
-    """Escolhe entre as duas formas de uma prova.
-
-    Argumentos:
-        short: valor da forma curta.
-        long: valor da forma longa.
-
-    Retorno:
-        Um dos dois.
-    """
-    return long if full else short
-
-
-def tell(text):
-    """Imprime o que uma prova contou: o pytest o mostra com -rP (tests/faults/run) ou quando ela falha.
-
-    Argumentos:
-        text: a frase.
-    """
-    print(f"contado: {text}")
 
 
 class fault:
@@ -551,11 +526,11 @@ def follow(relay, longest=None):
         A função.
     """
 
-    longest = longest or pick(0.25, 1.0)
+    longest = longest or peers.scale(0.25, 1.0)
 
     def hold(fraction):
         """Espera os cortes; todos, depois da última linha. Argumentos: fraction, a fração das linhas já empurrada."""
-        deadline = time.monotonic() + (longest if fraction < 1 else pick(20, 300))
+        deadline = time.monotonic() + (longest if fraction < 1 else peers.scale(20, 300))
         wanted = relay.goal * (1 if fraction == 1 else fraction - 0.02)
         while relay.cuts < wanted and time.monotonic() < deadline:
             time.sleep(0.002)

@@ -3,14 +3,15 @@
 import pytest
 
 import harness
+import peers
 import redis_faults
 import support
 
 pytestmark = pytest.mark.timeout(redis_faults.limit)
 
-cuts, streams, lines = redis_faults.pick((60, 20, 3000), (2000, 100, 100000))
+cuts, streams, lines = peers.scale((60, 20, 3000), (2000, 100, 100000))
 counted = f"{cuts}_cortes-{streams}_streams-{lines}_linhas"
-late_times, late_streams = redis_faults.pick((2, 5), (50, 20))
+late_times, late_streams = peers.scale((2, 5), (50, 20))
 
 
 @pytest.fixture
@@ -34,26 +35,22 @@ def start_fault_relay():
 
 @pytest.mark.parametrize("pause", [0, 20], ids=["em_lotes", "linha_a_linha"])
 @pytest.mark.parametrize("total", [lines], ids=[counted])
-def test_exactly_once_across_cuts(
-    start_redis, start_fault_relay, start_proxy, host, connect, start_worker, pause, total
-):
+def test_exactly_once_across_cuts(start_redis, start_fault_relay, start_proxy, connect, start_worker, pause, total):
     """Resets, meias mensagens e paradas ao acaso, avisos ligados: nenhuma linha perdida, repetida ou fora de ordem."""
     server = start_redis()
     relay = start_fault_relay(server.port)
     # MAXTIME não é desta prova: cortes em seguida podem parar um stream por mais que o padrão.
     proxy = start_proxy("-P", pause, "-t", 600000, redis=server, env={"REDIS_SERVER": relay.address})
     pairs = redis_faults.open_many(connect, proxy, start_worker(server.client()), streams)
-    relay.begin(cuts, silences=redis_faults.pick(1, 40))
-    patience = redis_faults.pick(90, 1500)
-    redis_faults.tell(redis_faults.deliver_across_cuts(proxy, server, relay, pairs, total // streams, patience))
+    relay.begin(cuts, silences=peers.scale(1, 40))
+    patience = peers.scale(90, 1500)
+    peers.say(redis_faults.deliver_across_cuts(proxy, server, relay, pairs, total // streams, patience))
     assert "REDIS_WAKE: o Redis recusou" not in proxy.log()
 
 
 @pytest.mark.parametrize("pause", [0, 20], ids=["em_lotes", "linha_a_linha"])
 @pytest.mark.parametrize("times", [late_times], ids=[f"{late_times}_vezes-{late_streams}_streams"])
-def test_requests_that_arrive_late(
-    start_redis, start_fault_relay, start_proxy, host, connect, start_worker, pause, times
-):
+def test_requests_that_arrive_late(start_redis, start_fault_relay, start_proxy, connect, start_worker, pause, times):
     """Uma retirada retida na rede chega ao Redis depois de repetida por outra conexão: não pode tirar linha nenhuma."""
     server = start_redis()
     relay = start_fault_relay(server.port)
@@ -83,5 +80,5 @@ def test_requests_that_arrive_late(
     for _, task in pairs:
         task.delete()
     text = redis_faults.deliver_all(proxy, pairs, 2 * times, 30)
-    redis_faults.tell(f"{relay.arrived} pedidos atrasados; {text}")
+    peers.say(f"{relay.arrived} pedidos atrasados; {text}")
     support.wait_empty(server.client(), 5)

@@ -2,17 +2,19 @@
 
 import concurrent.futures
 import json
+import signal
 import time
 
 import pytest
 
 import harness
+import peers
 import redis_faults
 import support
 
 pytestmark = pytest.mark.timeout(redis_faults.limit)
 
-frozen, streams = redis_faults.pick((4, 10), (10, 100))
+frozen, streams = peers.scale((4, 10), (10, 100))
 
 # Prazo prometido a quem pede com o Redis congelado, e a folga de uma máquina ocupada, em segundos.
 promised, slack = 3.0, 0.7
@@ -56,32 +58,54 @@ def ask_all_along(connect, proxy, seconds):
         return [item.result() for item in posts], [item.result() for item in pings]
 
 
+def assert_hurried(received, began):
+    """Confere streams que o Redis congelado não segura: sinais de vida, e o fim por MAXTIME na hora.
+
+    Argumentos:
+        received: as linhas de cada um, de um proxy com HEARTBEAT=400 e MAXTIME=1500.
+        began: instante em que o Redis parou.
+    """
+    for *beats, last in received:
+        assert len(beats) >= 2 and {json.loads(beat)["type"] for beat in beats} == {"ping"}, beats
+        assert json.loads(last) == {"error": "timeout"}
+        assert last.when - began < 1.5 + slack
+
+
 @pytest.mark.parametrize("seconds", [frozen], ids=[f"{frozen}_s-{streams}_streams"])
 def test_frozen(start_redis, start_proxy, host, connect, start_worker, seconds):
-    """Quem pede recebe 504, e /ping 500, em 3 s; ninguém fica preso; os streams vivos seguem, ou acabam por MAXTIME."""
+    """Quem pede recebe 504, e /ping 500, em 3 s; ninguém fica preso; os streams vivos seguem, ou acabam por MAXTIME, com
+    seus sinais de vida até lá; e um SIGTERM não espera pelo Redis."""
     server = start_redis()
     worker = start_worker(server.client())
-    proxy, hasty = start_proxy(redis=server), start_proxy("-t", 1500, redis=server)
+    proxy, hasty = start_proxy(redis=server), start_proxy("-t", 1500, "--heartbeat", 400, redis=server)
+    parting = start_proxy("--drain", 300, redis=server)
     pairs = redis_faults.open_many(connect, proxy, worker, streams)
+    last, last_task = support.open_stream(connect, parting, worker)
     hurried = redis_faults.open_many(connect, hasty, worker, streams)
     for place, (_, task) in enumerate(pairs):
         task.push(redis_faults.numbered_line(place, 0))
     for response, _ in pairs:
         assert response.json_line()["n"] == 0
     server.freeze()
-    # Metade do tempo antes do primeiro prazo do proxy, metade depois de ele saber que o Redis não responde.
-    posts, pings = ask_all_along(connect, proxy, seconds - 0.5)
-    for received in harness.read_all([response for response, _ in hurried], 5):
-        assert [json.loads(line) for line in received] == [{"error": "timeout"}]
+    began = time.monotonic()
+    parting.signal(signal.SIGTERM)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(harness.read_all, [last, *[response for response, _ in hurried]], 6)
+        # Metade do tempo antes do primeiro prazo do proxy, metade depois de ele saber que o Redis não responde.
+        posts, pings = ask_all_along(connect, proxy, seconds - 0.5)
+        (farewell,), *received = reading.result()
+    assert not parting.alive(), "o Redis congelado segura a parada"
+    assert json.loads(farewell) == {"error": "shutdown"} and farewell.when - began < 0.3 + slack
+    assert_hurried(received, began)
     assert not [response for response, _ in pairs if response.ended]
     server.thaw()
     assert {status for status, _, _ in posts} == {504}
     assert {json.loads(body)["error"] for _, body, _ in posts} == {"redis_unavailable"}
     assert {status for status, _, _ in pings} == {500}
     longest = [max(took for _, _, took in rows) for rows in (posts, pings)]
-    redis_faults.tell(
-        f"{seconds} s congelado: {len(posts)} pedidos com 504 em até {longest[0]:.2f} s e {len(pings)} pings com 500 em "
-        f"até {longest[1]:.2f} s; {len(hurried)} streams acabados por MAXTIME, {len(pairs)} que seguiram"
+    peers.say(
+        f"{seconds} s congelado ({host}): {len(posts)} pedidos com 504 em até {longest[0]:.2f} s e {len(pings)} pings com "
+        f"500 em até {longest[1]:.2f} s; {len(hurried)} streams acabados por MAXTIME, {len(pairs)} que seguiram"
     )
     assert max(longest) < promised + slack, longest
     for place, (_, task) in enumerate(pairs):
@@ -89,7 +113,9 @@ def test_frozen(start_redis, start_proxy, host, connect, start_worker, seconds):
         task.delete()
     redis_faults.deliver_all(proxy, pairs, 5, 20)
     assert timed(connect, proxy, "GET", "/ping")[0] == 200
-    # As tarefas recusadas podem ter sido gravadas quando o Redis acordou: o proxy apaga as chaves delas.
+    # As tarefas recusadas podem ter sido gravadas quando o Redis acordou: o proxy apaga as chaves delas. As de quem saiu
+    # sem poder apagá-las vencem sozinhas.
+    server.client().delete(last_task.key)
     support.wait_empty(server.client(), 5)
     for each in (proxy, hasty):
         log = each.log()

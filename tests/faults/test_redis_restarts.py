@@ -6,12 +6,13 @@ import threading
 import pytest
 
 import harness
+import peers
 import redis_faults
 import support
 
 pytestmark = pytest.mark.timeout(redis_faults.limit)
 
-kills, streams, lines = redis_faults.pick((3, 20, 3000), (20, 100, 100000))
+kills, streams, lines = peers.scale((3, 20, 3000), (20, 100, 100000))
 counted = f"{kills}_kill-{streams}_streams-{lines}_linhas"
 
 
@@ -59,21 +60,21 @@ class killer(threading.Thread):
 
 @pytest.mark.parametrize("pause", [0, 20], ids=["em_lotes", "linha_a_linha"])
 @pytest.mark.parametrize("total", [lines], ids=[counted])
-def test_killed_and_restarted_under_load(start_redis, start_proxy, host, connect, start_worker, pause, total):
+def test_killed_and_restarted_under_load(start_redis, start_proxy, connect, start_worker, pause, total):
     """Nenhuma linha perdida, repetida ou fora de ordem; uma linha de log por queda e uma por volta; nenhuma chave fica."""
     server = start_redis(appendonly=True)
     proxy = start_proxy("-P", pause, redis=server)
     pairs = redis_faults.open_many(connect, proxy, start_worker(server.client()), streams)
     share = total // streams
-    hold = redis_faults.pace(redis_faults.pick(0.02, 0.05))
+    hold = redis_faults.pace(peers.scale(0.02, 0.05))
     tasks = [task for _, task in pairs]
     source = redis_faults.feeder(lambda: support.plain_client(server), tasks, share, hold)
     with redis_faults.closing_thread(source), redis_faults.closing_thread(killer(server, proxy, source, kills)) as one:
-        text = redis_faults.deliver_all(proxy, pairs, share, redis_faults.pick(90, 1500))
+        text = redis_faults.deliver_all(proxy, pairs, share, peers.scale(90, 1500))
         harness.eventually(lambda: source.done, 15, "worker encerrado")
     assert one.made == kills
     log = proxy.log()
     assert (log.count("Redis fora do ar"), log.count("Redis de volta")) == (kills, kills), log
-    redis_faults.tell(f"{kills} kill -9 e reinícios; {text}")
+    peers.say(f"{kills} kill -9 e reinícios; {text}")
     server.close_clients()
     support.wait_empty(server.client(), 5)

@@ -9,13 +9,14 @@ import pytest
 import redis
 
 import harness
+import peers
 import redis_faults
 import support
 
 pytestmark = pytest.mark.timeout(redis_faults.limit)
 
 streams = 50
-rounds = redis_faults.pick(1, 5)
+rounds = peers.scale(1, 5)
 
 # Tempo, em segundos, em que um mestre calado é dado por morto pelas sentinelas, e o que a troca pode levar ao todo.
 down_after = 0.7
@@ -273,7 +274,7 @@ def check_probes(rows, killed, switched):
 
 
 @pytest.mark.parametrize("times", [rounds], ids=[f"{rounds}_mortes-{streams}_streams"])
-def test_master_killed(start_cluster, start_proxy, host, connect, times):
+def test_master_killed(start_cluster, start_proxy, connect, times):
     """O mestre morre com os streams em silêncio: seguem no novo, com tudo o que ele tem; 504 só durante a troca."""
     group = start_cluster()
     proxy = start_proxy("-t", 60000, env={"REDIS_SERVER": group.address})
@@ -301,13 +302,13 @@ def test_master_killed(start_cluster, start_proxy, host, connect, times):
             harness.eventually(
                 lambda probe=probe, limit=switched + recovery_time + 1: probe.rows[-1][0] > limit, 30, "pedidos depois"
             )
-        redis_faults.tell(check_probes(probe.rows, killed, switched))
+        peers.say(check_probes(probe.rows, killed, switched))
         if step < times - 1:
             group.rejoin(dead)
     with contextlib.closing(master.new_client()) as client:
         for _, task in pairs:
             client.delete(task.key)
-    redis_faults.tell(redis_faults.deliver_all(proxy, pairs, number, 20))
+    peers.say(redis_faults.deliver_all(proxy, pairs, number, 20))
     log = proxy.log()
     assert (log.count("Redis fora do ar"), log.count("Redis de volta")) == (times, times), log
     with contextlib.closing(master.new_client()) as client:
@@ -336,9 +337,9 @@ def push_all(group, client, pairs, number, wait=2):
 
 
 @pytest.mark.parametrize(
-    "total", [redis_faults.pick(100, 1000)], ids=lambda total: f"{streams}_streams-{total * streams}_linhas"
+    "total", [peers.scale(100, 1000)], ids=lambda total: f"{streams}_streams-{total * streams}_linhas"
 )
-def test_master_killed_under_load(start_cluster, start_proxy, host, connect, total):
+def test_master_killed_under_load(start_cluster, start_proxy, connect, total):
     """O mestre morre em meio às linhas: o que estava garantido nas réplicas chega todo, na ordem. Só pode repetir-se o que
     foi entregue sem que a retirada chegasse à réplica, e a conta dessas é impressa."""
     group = start_cluster()
@@ -362,7 +363,7 @@ def test_master_killed_under_load(start_cluster, start_proxy, host, connect, tot
             client.delete(task.key)
     received = harness.read_all([response for response, _ in pairs], 30)
     lost, doubled, disordered, strange = redis_faults.judge(received, total)
-    redis_faults.tell(
+    peers.say(
         f"{streams} streams, {streams * total} linhas: {lost} perdidas, {doubled} repetidas na troca, {strange} estranhas"
     )
     # O total foi garantido por WAIT até a última dezena, e a dezena final também.
@@ -385,7 +386,7 @@ def push_line(client, pairs, number):
         pipe.execute()
 
 
-def test_passwords_and_a_dead_sentinel(start_cluster, start_proxy, host, connect, fetch):
+def test_passwords_and_a_dead_sentinel(start_cluster, start_proxy, connect, fetch):
     """Senha no mestre, usuário e senha nas sentinelas, e a primeira sentinela morta: o proxy parte e serve, e não mostra
     segredo nenhum; com todas mortas, quem já está conectado segue."""
     group = start_cluster(password="segredo do mestre", user="vigia:segredo-da-sentinela")
@@ -408,7 +409,7 @@ def test_passwords_and_a_dead_sentinel(start_cluster, start_proxy, host, connect
         support.wait_empty(client, 5)
 
 
-def test_demoted_master(start_cluster, start_proxy, host, connect):
+def test_demoted_master(start_cluster, start_proxy, connect):
     """Uma troca a pedido (SENTINEL FAILOVER): o mestre antigo segue vivo, como réplica, e o proxy passa para o novo."""
     group = start_cluster()
     proxy = start_proxy("-t", 60000, env={"REDIS_SERVER": group.address})
@@ -428,7 +429,7 @@ def test_demoted_master(start_cluster, start_proxy, host, connect):
         number = push_all(group, client, pairs, number, wait=1)
         for _, task in pairs:
             client.delete(task.key)
-        redis_faults.tell(redis_faults.deliver_all(proxy, pairs, number, 20))
+        peers.say(redis_faults.deliver_all(proxy, pairs, number, 20))
         support.wait_empty(client, 5)
 
 

@@ -10,16 +10,17 @@ import pytest
 import redis
 
 import harness
+import peers
 import redis_faults
 import support
 
 pytestmark = pytest.mark.timeout(redis_faults.limit)
 
 # Pedidos feitos em cada estado, e o que se espera, em segundos, de cada resposta e da volta ao normal.
-requests = redis_faults.pick(3, 30)
+requests = peers.scale(3, 30)
 answer_time, recovery_time = 6, 6
 
-kills = redis_faults.pick(40, 400)
+kills = peers.scale(40, 400)
 
 
 class situation:
@@ -51,7 +52,7 @@ class situation:
 
 
 @pytest.fixture
-def arrange(start_redis, start_proxy, host, connect, start_worker):
+def arrange(start_redis, start_proxy, connect, start_worker):
     """Fábrica de situation, com dois streams vivos: um que já recebeu uma linha e um calado.
 
     Retorno:
@@ -334,7 +335,7 @@ def test_state(arrange, name):
     unexplained = [line for line in seen if line not in told and not re.search("tarefa=|REDIS_WAKE", line)]
     assert len(unexplained) <= 2, unexplained
     failed = recover(here)
-    redis_faults.tell(
+    peers.say(
         f"{name}: {refused} de {requests} pedidos em erro, {failed} de {len(here.pairs)} streams vivos acabados em erro, "
         f"{len(told)} linhas de log"
     )
@@ -372,29 +373,29 @@ wrong_types = {
 
 
 @pytest.mark.parametrize("wake", ["on", "off"])
-@pytest.mark.parametrize("name", wrong_types)
-def test_wrong_type(start_proxy, host, connect, worker, name, wake):
-    """Nossas chaves com outro tipo: depressa, uma linha de erro dentro do streaming, uma no log, e nenhuma chave fica."""
+def test_wrong_type(start_proxy, connect, worker, wake):
+    """4 de nossas chaves com outro tipo: depressa, uma linha de erro dentro do streaming, uma no log, e nenhuma chave fica."""
     proxy = start_proxy("-i", 100, "-t", 8000, "--wake", wake)
-    (response, task), (other, other_task) = support.open_streams(connect, proxy, worker, 2)
-    task.push("antes")
-    assert response.line() == b"antes"
-    wrong_types[name](task)
-    (line,) = response.lines(5)
-    error = json.loads(line)
-    assert error["error"] == "redis_error", error
-    # Só a frase do Redis: o endereço interno do script não diz nada a quem lê.
-    assert "script" not in error["message"] and "@user" not in error["message"], error
-    assert name.startswith("tarefa") or "WRONGTYPE" in error["message"], error
-    assert support.finished_row(proxy, task)["fim"] == "erro"
-    told = redis_faults.log_lines(proxy, f"^aviso: .*{task.name}")
-    assert len(told) == 1 and "@user" not in told[0], told
-    task.gone()
+    *pairs, (other, other_task) = support.open_streams(connect, proxy, worker, len(wrong_types) + 1)
+    for (name, spoil), (response, task) in zip(wrong_types.items(), pairs, strict=True):
+        task.push("antes")
+        assert response.line() == b"antes"
+        spoil(task)
+        (line,) = response.lines(5)
+        error = json.loads(line)
+        assert error["error"] == "redis_error", (name, error)
+        # Só a frase do Redis: o endereço interno do script não diz nada a quem lê.
+        assert "script" not in error["message"] and "@user" not in error["message"], (name, error)
+        assert name.startswith("tarefa") or "WRONGTYPE" in error["message"], (name, error)
+        assert support.finished_row(proxy, task)["fim"] == "erro"
+        told = redis_faults.log_lines(proxy, f"^aviso: .*{task.name}")
+        assert len(told) == 1 and "@user" not in told[0], told
+        task.gone()
     other_task.finish("segue")
     assert other.lines() == [b"segue"]
 
 
-def test_wrong_type_of_the_kept_lines(start_proxy, host, connect, worker):
+def test_wrong_type_of_the_kept_lines(start_proxy, connect, worker):
     """A chave em que ficam as últimas linhas retiradas, com outro tipo: as linhas seguem, ou uma linha de erro o diz."""
     proxy = start_proxy("-t", 8000)
     response, task = support.open_stream(connect, proxy, worker)
@@ -409,7 +410,7 @@ def test_wrong_type_of_the_kept_lines(start_proxy, host, connect, worker):
 
 
 @pytest.mark.parametrize("times", [kills], ids=[f"{kills}_vezes"])
-def test_client_kill(start_redis, start_proxy, host, connect, start_worker, times):
+def test_client_kill(start_redis, start_proxy, connect, start_worker, times):
     """CLIENT KILL da conexão do proxy, sob carga: nada se perde, se repete ou troca de lugar."""
     server = start_redis()
     proxy = start_proxy("-P", 1, redis=server)
@@ -428,15 +429,15 @@ def test_client_kill(start_redis, start_proxy, host, connect, start_worker, time
     total = times * 10
     source = redis_faults.feeder(lambda: support.plain_client(server), [task for _, task in pairs], total, hold)
     with redis_faults.closing_thread(source):
-        text = redis_faults.deliver_all(proxy, pairs, total, redis_faults.pick(60, 600))
+        text = redis_faults.deliver_all(proxy, pairs, total, peers.scale(60, 600))
         harness.eventually(lambda: source.done, 10, "worker encerrado")
     down, back = len(redis_faults.log_lines(proxy, "fora do ar")), len(redis_faults.log_lines(proxy, "de volta"))
     assert down == back <= len(made), (down, back)
-    redis_faults.tell(f"{len(made)} vezes CLIENT KILL; {text}")
+    peers.say(f"{len(made)} vezes CLIENT KILL; {text}")
     support.wait_empty(worker.client, 5)
 
 
-def test_full_buffer_of_the_connection(start_redis, start_proxy, host, connect, start_worker):
+def test_full_buffer_of_the_connection(start_redis, start_proxy, connect, start_worker):
     """O Redis derruba a conexão, cheia de avisos: uma queda no log, as linhas seguem, e os avisos também."""
     server = start_redis("client-output-buffer-limit normal 64kb 64kb 0")
     proxy = start_proxy("-i", 60000, "-t", 90000, redis=server)
@@ -506,12 +507,12 @@ def finish_all(proxy, pairs):
         assert response.lines() == [b"seguiu"]
 
 
-@pytest.mark.parametrize("count", [redis_faults.pick(3, 20)], ids=lambda count: f"{count}_streams")
-def test_loading_after_a_restart(start_redis, start_proxy, host, connect, start_worker, count):
+@pytest.mark.parametrize("count", [peers.scale(3, 20)], ids=lambda count: f"{count}_streams")
+def test_loading_after_a_restart(start_redis, start_proxy, connect, start_worker, count):
     """O Redis que reinicia e demora a carregar: 504 e /ping 500 em meio a isso, o motivo no log; os streams seguem."""
     server = start_redis("loading-process-events-interval-bytes 1024")
     with contextlib.closing(server.new_client(5)) as client:
-        fill(client, redis_faults.pick(12000, 60000))
+        fill(client, peers.scale(12000, 60000))
     proxy = start_proxy(redis=server)
     pairs = redis_faults.open_many(connect, proxy, start_worker(server.client()), count)
     server.client().save()
@@ -542,12 +543,12 @@ def is_loading(client):
     return False
 
 
-@pytest.mark.parametrize("count", [redis_faults.pick(3, 20)], ids=lambda count: f"{count}_streams")
-def test_loading_with_the_connection_alive(start_redis, start_proxy, host, connect, start_worker, count):
+@pytest.mark.parametrize("count", [peers.scale(3, 20)], ids=lambda count: f"{count}_streams")
+def test_loading_with_the_connection_alive(start_redis, start_proxy, connect, start_worker, count):
     """O Redis que recarrega os dados sem cair (como uma réplica que se sincroniza): o mesmo, e com uma linha de log."""
     server = start_redis("enable-debug-command yes", "loading-process-events-interval-bytes 1024")
     with contextlib.closing(server.new_client(5)) as client:
-        fill(client, redis_faults.pick(12000, 60000))
+        fill(client, peers.scale(12000, 60000))
     proxy = start_proxy("-i", 50, redis=server)
     pairs = redis_faults.open_many(connect, proxy, start_worker(server.client()), count)
     before = len(proxy.log().splitlines())

@@ -9,12 +9,13 @@ import pytest
 import redis
 
 import harness
+import peers
 import redis_faults
 import support
 
 pytestmark = pytest.mark.timeout(redis_faults.limit)
 
-cuts, streams, lines = redis_faults.pick((20, 10, 1000), (500, 50, 25000))
+cuts, streams, lines = peers.scale((20, 10, 1000), (500, 50, 25000))
 
 # A linha de ACL é a do README, como um operador a copiaria.
 readme = (harness.root / "README.md").read_text(encoding="utf-8")
@@ -134,7 +135,7 @@ def tls_url(certificates, port, user="", **options):
     return {"REDIS_SERVER": f"rediss://{user}127.0.0.1:{port}/{harness.default_db}?{query}"}
 
 
-def test_tls(start_tls, certificates, start_proxy, host, connect, fetch, start_worker):
+def test_tls(start_tls, certificates, start_proxy, connect, fetch, start_worker):
     """Tudo funciona por TLS: linhas na hora com INTERVAL=60000, leitura literal, lotes grandes, /ping e --check."""
     server = start_tls()
     env = tls_url(certificates, server.tls_port)
@@ -157,7 +158,7 @@ def test_tls(start_tls, certificates, start_proxy, host, connect, fetch, start_w
     assert checked.status == 0, checked
 
 
-def test_many_wake_ups_in_one_tls_record(start_tls, certificates, start_proxy, host, connect, start_worker):
+def test_many_wake_ups_in_one_tls_record(start_tls, certificates, start_proxy, connect, start_worker):
     """Milhares de avisos acumulados, que o TLS entrega aos pedaços: o nosso, no meio deles, acorda o stream."""
     server = start_tls()
     env = tls_url(certificates, server.tls_port)
@@ -184,7 +185,7 @@ def test_many_wake_ups_in_one_tls_record(start_tls, certificates, start_proxy, h
 
 
 @pytest.mark.parametrize("total", [lines], ids=[f"{cuts}_cortes-{streams}_streams-{lines}_linhas"])
-def test_exactly_once_across_cuts_of_tls(start_tls, certificates, start_proxy, host, connect, start_worker, total):
+def test_exactly_once_across_cuts_of_tls(start_tls, certificates, start_proxy, connect, start_worker, total):
     """Registros de TLS cortados em qualquer byte, nos dois sentidos: nada se perde, se repete ou troca de lugar."""
     server = start_tls()
     relay = redis_faults.fault_relay(server.tls_port)
@@ -193,9 +194,9 @@ def test_exactly_once_across_cuts_of_tls(start_tls, certificates, start_proxy, h
         pairs = redis_faults.open_many(connect, proxy, start_worker(server.client()), streams)
         # Um aperto de mão numa máquina ocupada leva mais que a idade padrão, e nenhuma linha passaria.
         relay.begin(cuts, age=0.5)
-        patience = redis_faults.pick(90, 1500)
+        patience = peers.scale(90, 1500)
         text = redis_faults.deliver_across_cuts(proxy, server, relay, pairs, total // streams, patience)
-        redis_faults.tell(f"TLS: {text}")
+        peers.say(f"TLS: {text}")
         proxy.stop()
 
 
@@ -227,7 +228,7 @@ def test_tls_refusals(start_tls, certificates, tmp_path):
     refused_start(missing, "REDIS|nada.pem", (1, 2))
 
 
-def test_mutual_tls(start_tls, certificates, start_proxy, host, connect, start_worker):
+def test_mutual_tls(start_tls, certificates, start_proxy, connect, start_worker):
     """Um Redis que exige certificado do cliente atende o proxy que o apresenta (ssl_certfile e ssl_keyfile na URL)."""
     server = start_tls(clients="yes")
     pair = {"ssl_certfile": certificates.path("client.crt"), "ssl_keyfile": certificates.path("client.key")}
@@ -305,7 +306,7 @@ def commands_of_the_proxy(admin, spy):
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["sem_tls", "com_tls"])
-def test_acl_line_of_the_readme(start_tls, certificates, start_proxy, host, connect, start_worker, tls):
+def test_acl_line_of_the_readme(start_tls, certificates, start_proxy, connect, start_worker, tls):
     """Com o usuário do README tudo funciona, avisos e varredura inclusive; o Redis não anota nenhuma recusa, e nenhum
     direito sobra: cada comando permitido foi usado."""
     server = start_tls()
