@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import pathlib
 import selectors
 import statistics
 import threading
@@ -21,6 +20,7 @@ head = b"POST /lento HTTP/1.1\r\nHost: proxy.test\r\n"
 # Espécie: (o que já vai de início, o que segue aos poucos, sem fim).
 kinds = {
     "calado": (b"", b""),
+    "em branco": (b"\r\n", b"\r\n"),
     "linha": (b"POST /", b"a"),
     "cabeçalho": (head, b"X-Lento: a\r\n"),
     "corpo": (head + b"Content-Length: 100000\r\n\r\n", b"a"),
@@ -32,9 +32,9 @@ kinds = {
 
 
 class dribble(threading.Thread):
-    """Muitos pedidos que pingam um byte por vez, até que o proxy feche cada um."""
+    """Muitos pedidos que pingam um byte a cada meio segundo, até que o proxy feche cada um."""
 
-    def __init__(self, port, count, names, pace=0.3):
+    def __init__(self, port, count, names, pace=0.5):
         """Abre todas as conexões; começa com start.
 
         Argumentos:
@@ -129,6 +129,8 @@ def assert_dropped(made, limit):
     alive = {each.label for each in made.open} - {each.label for each in made.done}
     late = {each.label: round(each.took, 1) for each in made.done if each.took > limit + slack}
     early = {each.label: round(each.took, 1) for each in made.done if each.took < limit - 0.2}
+    # Uma linha em branco no lugar do pedido o hospedeiro pode recusar na hora.
+    early.pop("em branco", None)
     assert len(made.done) == made.count, (
         f"{made.count - len(made.done)} nunca foram fechados, de {alive or 'todas as espécies'}"
     )
@@ -144,7 +146,7 @@ def assert_dropped(made, limit):
 
 @peers.counted(160, 1000, "pedidos_pela_metade")
 def test_half_open(count, start_proxy, host, connect, worker):
-    """Muitos pedidos pela metade ao mesmo tempo, de oito espécies: /ping responde como sempre, os streams têm todos os
+    """Muitos pedidos pela metade ao mesmo tempo, de nove espécies: /ping responde como sempre, os streams têm todos os
     seus lugares, e no prazo todos são derrubados, sem tarefa nem linha de log."""
     peers.allow_descriptors(count + 500)
     proxy = start_proxy("--request-timeout", round(deadline * 1000), "--max-streams", 2)
@@ -196,116 +198,6 @@ def test_slow_but_in_time(start_proxy, host, connect, worker):
         assert response.line() == str(number).encode()
     task.finish()
     assert response.lines() == []
-
-
-def unread(conn):
-    """Mede o que o proxy ainda não leu do que esta conexão enviou, como o sistema o conta.
-
-    Argumentos:
-        conn: a harness.connection.
-
-    Retorno:
-        Bytes (int); 0 se o proxy já fechou a conexão.
-    """
-    near, far = conn.sock.getsockname()[1], conn.sock.getpeername()[1]
-    for row in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        _, local, remote, _, queues = row.split()[:5]
-        if (int(local.partition(":")[2], 16), int(remote.partition(":")[2], 16)) == (far, near):
-            return int(queues.partition(":")[2], 16)
-    return 0
-
-
-class trickle(threading.Thread):
-    """Envia um byte por vez até que o outro lado feche."""
-
-    def __init__(self, conn, pace=0.2):
-        """Começa. Argumentos: conn, a harness.connection; pace, o intervalo entre dois bytes, em segundos."""
-        super().__init__(name="trickle", daemon=True)
-        self.conn, self.pace = conn, pace
-        self.halt = threading.Event()
-        self.start()
-
-    def run(self):
-        """Envia até não poder mais ou até close."""
-        with contextlib.suppress(OSError):
-            while not self.halt.wait(self.pace):
-                self.conn.sock.send(b"a")
-
-    def close(self):
-        """Para e espera a linha de execução."""
-        self.halt.set()
-        self.join(10)
-        assert not self.is_alive()
-
-
-@contextlib.contextmanager
-def trickling(conn):
-    """Mantém um trickle durante um bloco. Argumentos: conn, a harness.connection. Retorno: gera uma vez."""
-    made = trickle(conn)
-    try:
-        yield
-    finally:
-        made.close()
-
-
-def assert_late(conn, limit):
-    """Confere que um pedido que pinga é derrubado no prazo: com um 408 em JSON e o fechamento, ou só com este.
-
-    Argumentos:
-        conn: a harness.connection.
-        limit: prazo, em segundos.
-    """
-    answer = conn.expect()
-    try:
-        conn.read_until(lambda: answer.ended, limit, "o 408")
-    except (harness.broken, ConnectionResetError):
-        assert answer.head is None, answer.head
-        return
-    assert (answer.status, answer.json()["error"]) == (408, "request_timeout")
-    assert answer.header("Connection") == "close"
-    assert conn.at_end()
-
-
-def begin_second(conn, server):
-    """Pede /ping e começa outro pedido antes que o primeiro possa ser respondido.
-
-    Argumentos:
-        conn: a harness.connection.
-        server: o harness.redis_server, que fica congelado enquanto isso.
-
-    Retorno:
-        A response do primeiro.
-    """
-    server.freeze()
-    # Quem demora demais encontra a conexão já respondida e fechada.
-    with contextlib.suppress(OSError):
-        for part in (b"GET /ping HTTP/1.1\r\nHost: proxy.test\r\n\r\n", b"GET /x HTTP/1.1\r\nX-A: "):
-            conn.send(part)
-            # Cada parte é lida por si.
-            harness.eventually(lambda: not unread(conn), 10, "bytes lidos pelo proxy")
-    server.thaw()
-    return conn.response()
-
-
-def test_second_request_of_a_connection(start_redis, start_proxy, connect):
-    """1 pedido que começa enquanto outro, da mesma conexão, é atendido, e nunca termina: o prazo também é dele. O flask,
-    que atende um por conexão, nem o lê."""
-    server = start_redis()
-    proxy = start_proxy("--request-timeout", round(deadline * 1000), redis=server, host="waitress")
-    rest = peers.warm(proxy)
-    # Numa máquina ocupada demais o Redis congelado pode passar da paciência do proxy, que então fecha a conexão.
-    for _ in range(5):
-        conn = connect(proxy)
-        response = begin_second(conn, server)
-        if response.status == 200:
-            break
-    assert (response.status, response.body()) == (200, b"pong")
-    with trickling(conn):
-        assert_late(conn, deadline + slack + 2)
-    conn.close()
-    assert not server.client().keys("*")
-    assert "tarefa=" not in proxy.log()
-    peers.settle(proxy, rest)
 
 
 def test_endless_sender_after_the_answer(start_proxy, host, connect, worker):
