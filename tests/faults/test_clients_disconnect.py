@@ -1,4 +1,5 @@
-"""O cliente que some em qualquer byte da conversa, do primeiro do pedido ao último da resposta."""
+"""O cliente que some em qualquer byte da conversa, do primeiro do pedido ao último da resposta, e a qualquer momento do
+streaming."""
 
 import contextlib
 import queue
@@ -53,14 +54,14 @@ def points(sizes, count):
         count: quantos pontos.
 
     Retorno:
-        Lista de (pedido, bytes enviados, bytes lidos, modo).
+        Lista de (pedido, bytes enviados, bytes lidos, modo, espera antes de sair).
     """
     every = []
     for request, size in zip(requests, sizes, strict=True):
         every += [(request, sent, 0) for sent in range(len(request) + 1)]
         every += [(request, len(request), read) for read in range(1, size + 1)]
     chosen = [every[number * len(every) // count % len(every)] for number in range(count)]
-    return [(*point, ways[number % len(ways)]) for number, point in enumerate(chosen)]
+    return [(*point, ways[number % len(ways)], 0) for number, point in enumerate(chosen)]
 
 
 def leave(sock, way):
@@ -82,7 +83,7 @@ def leave(sock, way):
     sock.close()
 
 
-def cut(port, request, sent, read, way):
+def cut(port, request, sent, read, way, delay):
     """Envia uma parte do pedido, lê uma parte da resposta e some.
 
     Argumentos:
@@ -91,6 +92,7 @@ def cut(port, request, sent, read, way):
         sent: quantos enviar.
         read: quantos ler.
         way: modo de sumir.
+        delay: espera antes de sair, em segundos.
     """
     sock = socket.socket()
     sock.settimeout(20)
@@ -106,6 +108,7 @@ def cut(port, request, sent, read, way):
         if not data:
             break
         left -= len(data)
+    time.sleep(delay)
     leave(sock, way)
     assert not left, f"a resposta acabou {left} bytes antes do esperado"
 
@@ -143,24 +146,27 @@ def run_cuts(port, jobs, width=12):
     return failures
 
 
-@peers.counted(240, 2000, "cortes")
+@peers.counted(240, 2000, "pontos")
 def test_disconnect_at_every_byte(count, start_proxy, host, redis_main, db):
-    """Some-se em cada byte de três formas de pedido e de resposta: as chaves somem, as linhas de execução e os soquetes
-    voltam, cada tarefa tem a sua linha de log, e quem não terminou de pedir não pediu nada."""
+    """Some-se em cada byte de três formas de pedido e de resposta, e outras tantas vezes logo depois de pedir: as chaves
+    somem, as linhas de execução e os soquetes voltam, cada tarefa tem a sua linha de log, e quem não terminou de pedir não
+    pediu nada."""
     # Com a pausa, quem some entre duas linhas some com o streaming em curso.
     proxy = start_proxy("-P", 20)
     rest = peers.warm(proxy)
     with peers.finishing(redis_main, *lines) as finisher:
         sizes = [whole_answer(proxy.port, request) for request in requests]
         jobs = points(sizes, count)
+        # Quem sai logo depois de pedir: antes, durante ou depois de o seu soquete trocar de dono.
+        jobs += [(plain, len(plain), 0, ways[number % 3], number % 40 / 4000) for number in range(count)]
         began = time.monotonic()
         failures = run_cuts(proxy.port, jobs)
-        harness.eventually(lambda: not db.keys("*"), 10, "Redis sem chaves")
+        support.wait_empty(db, 3)
         took = time.monotonic() - began
         whole = sum(1 for request, sent, *_ in jobs if sent == len(request))
         # Entre o pedido inteiro e o SET o proxy já pode saber que o cliente saiu: menos tarefas que pedidos é permitido.
         published = len(finisher.seen) - len(requests)
-        peers.say(f"{count} cortes em {took:.1f} s ({host}): {whole} pedidos inteiros, {published} tarefas")
+        peers.say(f"{len(jobs)} cortes em {took:.1f} s ({host}): {whole} pedidos inteiros, {published} tarefas")
         assert not failures, failures[:3]
         assert published <= whole
         harness.eventually(lambda: len(support.finished_rows(proxy)) >= len(finisher.seen), 10, "uma linha por tarefa")
@@ -171,3 +177,71 @@ def test_disconnect_at_every_byte(count, start_proxy, host, redis_main, db):
     assert max(peers.ping_times(proxy.port, 0.3)) < 2
     back = peers.settle(proxy, rest)
     peers.say(f"linhas de execução e descritores de volta ao repouso ({rest}) em {back:.1f} s")
+
+
+def test_leaving_is_noticed(start_proxy, host, connect, worker, db):
+    """9 clientes que saem, de três modos (o meio fechamento inclusive) em três momentos: antes da primeira linha, depois de
+    uma, e depois de enviar o que não foi pedido: em 2 s não há chave, e o log diz por quê."""
+    proxy = start_proxy("-t", 600000)
+    rest = peers.warm(proxy)
+    pairs = support.open_streams(connect, proxy, worker, 9)
+    for response, task in pairs[3:]:
+        task.push("uma")
+        assert response.line() == b"uma"
+    for response, _ in pairs[6:]:
+        response.conn.send(b"x" * 100000)
+    for number, (response, _) in enumerate(pairs):
+        began = time.monotonic()
+        leave(response.conn.sock, ways[number % 3])
+        assert time.monotonic() - began < 2
+    support.wait_empty(db, 2)
+    assert {support.finished_row(proxy, task)["fim"] for _, task in pairs} == {"cliente"}
+    peers.settle(proxy, rest)
+
+
+class freezer(support.relay):
+    """Intermediário que congela o Redis no instante em que a gravação de uma tarefa vai chegar a ele."""
+
+    def __init__(self, server):
+        """Começa a repassar. Argumentos: server, o harness.redis_server."""
+        self.server, self.armed, self.struck = server, False, threading.Event()
+        super().__init__(server.port)
+
+    def forward(self, sock, other, is_request):
+        """Repassa um trecho; a primeira tarefa, depois de armed, encontra o Redis congelado. Argumentos: os de relay.forward."""
+        if is_request and self.armed and not self.struck.is_set():
+            with contextlib.suppress(OSError):
+                if harness.default_prefix.encode() in sock.recv(1 << 20, socket.MSG_PEEK):
+                    self.server.freeze()
+                    self.struck.set()
+        super().forward(sock, other, is_request)
+
+
+def test_leaving_while_the_task_is_written(start_redis, start_proxy, host, connect):
+    """6 clientes saem com a tarefa a caminho de um Redis congelado: quando ele acorda, em 2 s não há chave nenhuma, e as
+    linhas de execução e os soquetes voltaram."""
+    server = start_redis()
+    relay = freezer(server)
+    with contextlib.closing(relay):
+        proxy = start_proxy(redis=server, env={"REDIS_SERVER": relay.address})
+        rest = peers.warm(proxy)
+        before = server.calls("set")
+        relay.armed = True
+        talks = [connect(proxy).request("POST", "/", body="x") for _ in range(6)]
+        assert relay.struck.wait(5)
+        # O que o proxy ainda tinha a fazer até ficar à espera do Redis.
+        time.sleep(0.1)
+        for conn, how in zip(talks, ("close", "reset", "half_close") * 2, strict=True):
+            getattr(conn, how)()
+        # Menos que a paciência do proxy: as tarefas são gravadas.
+        time.sleep(0.5)
+        server.thaw()
+        harness.eventually(lambda: server.calls("set") > before, 5, "tarefa gravada")
+        support.wait_empty(server.client(), 2)
+        peers.settle(proxy, rest, 5)
+        assert {row["fim"] for row in support.finished_rows(proxy)} <= {"cliente"}
+        with contextlib.closing(harness.worker(server.client())) as worker:
+            response, task = support.open_stream(connect, proxy, worker)
+            task.finish("ok")
+            assert response.lines() == [b"ok"]
+        proxy.stop()
