@@ -1,0 +1,3404 @@
+#!/usr/bin/env python3
+"""py-ndjson-proxy: transforma uma resposta feita em partes em um streaming NDJSON.
+
+De um lado, um cliente HTTP que lê NDJSON (um chat, o curl, um front-end de LLM).
+Do outro, uma aplicação que não sabe fazer streaming, mas produz a resposta em
+partes (um fluxo do n8n, um script). Entre os dois, o Redis:
+
+    cliente --HTTP--> proxy --SET, PUBLISH--> Redis --tarefa--> worker
+    cliente <--NDJSON-- proxy <----LPOP------ Redis <--RPUSH--- worker
+
+Contrato com o worker
+    1. Recebe task_key pelo canal REDIS_CHANNEL, ou a tira da lista REDIS_QUEUE com
+       BLPOP, e lê com GET o JSON da tarefa.
+    2. Empurra cada parte com RPUSH na lista cujo nome está em "task_list".
+    3. Ao terminar, apaga task_key com DEL. O que foi empurrado antes do DEL é
+       entregue; o proxy apaga o resto.
+    Se task_key sumir antes, o cliente foi embora ou o tempo acabou: pode parar.
+    Também é aceita a leitura literal da especificação: o worker troca, em uma
+    transação (MULTI, DEL, RPUSH, EXEC), a string de task_key por uma lista de
+    mesmo nome; o streaming acaba quando essa lista se esvazia.
+
+Contrato com o cliente
+    /ping responde 200 "pong" ou 500. Qualquer outro caminho é o streaming: um
+    elemento da lista é uma linha, na ordem em que foi empurrado. Erros antes do
+    streaming têm um status HTTP e corpo JSON; depois dele, são a última linha.
+    Com AUTH_TOKEN, tudo menos /ping e OPTIONS pede Authorization: Bearer.
+
+Linhas
+    CR e LF viram espaço; U+0085, U+2028 e U+2029 viram escapes \\u; UTF-8
+    inválido vira U+FFFD; elemento em branco é pulado. Nada mais é tocado. As
+    palavras nuas EOF, EOL, END-OF-FILE e END-OF-LIST encerram o streaming.
+
+Quem é dono do quê
+    Só o laço toca o Redis, um stream ou um socket entregue; uma thread submete,
+    entrega e esquece.
+
+    thread do servidor HTTP (flask ou waitress)       laço (asyncio, thread principal)
+      lê a requisição, autoriza, lê o corpo
+      submete a tarefa ------------------------------> stream.begin: reserva o lugar, PING,
+      espera a aceitação <---------------------------- SET e PUBLISH
+      monta o cabeçalho e entrega o socket ----------> stream.adopt: daqui em diante o socket
+      sai por handed_over, e esquece                   é de um client; stream.relay o serve
+
+    Um socket tem um dono de cada vez, e muda de dono em um lugar só (hand_over): por
+    isso não há trava nem fila por stream. Um stream é uma corrotina: relay é o laço da
+    especificação, e o `finally` de run é o único fim, venha ele de onde vier.
+
+Como uma linha viaja
+    O Redis avisa, pela única conexão (redis_link), qual chave mudou; o aviso acorda o
+    stream, que tira a linha com LPOP e a escreve no socket. INTERVAL é só uma rede: um
+    aviso perdido é achado por ela. Um cliente que não lê faz parar o LPOP do seu stream.
+"""
+
+import argparse
+import asyncio
+import base64
+import collections
+import concurrent.futures
+import contextlib
+import difflib
+import email.utils
+import errno
+import functools
+import gc
+import hmac
+import importlib.util
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import logging.handlers
+import math
+import os
+import queue
+import re
+import resource
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+import typing
+import urllib.parse
+import uuid
+
+try:
+    import dotenv
+    import dotenv.parser
+    import flask
+    import redis
+    import redis.backoff
+    import redis.retry
+    import redis.sentinel
+    import waitress
+    import waitress.channel
+    import waitress.wasyncore
+    import werkzeug.exceptions
+    import werkzeug.routing
+    import werkzeug.serving
+except ModuleNotFoundError:
+    print(f"erro: falta o módulo {sys.exc_info()[1].name}; no Debian: apt install python3-flask python3-redis "
+          "python3-waitress python3-dotenv", file=sys.stderr)
+    sys.exit(2)
+
+version = "1.0.0"
+author = "Patrick Brandao <patrickbrandao@gmail.com>"
+program = "py-ndjson-proxy"
+
+
+# =============================================================================
+# Configurações: uma tabela e as variáveis globais que ela preenche
+# =============================================================================
+# Cada configuração é uma linha da tabela `settings`. Dela saem os argumentos, a
+# ajuda, o --check e os testes que prendem o arquivo de /etc, o manual e o README.
+
+
+class configuration_error(Exception):
+    """Erro de configuração: uma frase pronta para o operador (status de saída 2)."""
+
+
+class kind(typing.NamedTuple):
+    """Tipo de uma configuração: como ler o texto e o que é permitido."""
+
+    parse: typing.Callable[[str], typing.Any]
+    allowed: str
+
+
+class setting(typing.NamedTuple):
+    """Uma linha da tabela de configurações."""
+
+    name: str
+    flags: tuple
+    kind: kind
+    default: str
+    group: str
+    unit: str
+    help: str
+    secret: bool = False
+
+
+def integer(low, high):
+    """Cria o tipo "número inteiro" com limites.
+
+    Argumentos:
+        low (int): menor valor permitido.
+        high (int): maior valor permitido.
+    Retorna:
+        kind: tipo cujo parse devolve int e levanta ValueError fora dos limites.
+    """
+
+    def parse(text):
+        """Lê o número.
+
+        Argumentos:
+            text (str): só dígitos ASCII, com sinal de menos opcional.
+        Retorna:
+            int: entre low e high.
+        Levanta:
+            ValueError: se não for um inteiro ou estiver fora dos limites.
+        """
+        # int() sozinho aceitaria "1_000" e algarismos de outras escritas.
+        if not re.fullmatch(r"-?[0-9]{1,18}", text.strip()):
+            raise ValueError(text)
+        value = int(text)
+        if not low <= value <= high:
+            raise ValueError(text)
+        return value
+
+    return kind(parse, f"um número inteiro de {low} a {high}")
+
+
+def choice(*names):
+    """Cria o tipo "uma das palavras".
+
+    Argumentos:
+        names (str): duas ou mais palavras permitidas, em minúsculas.
+    Retorna:
+        kind: tipo cujo parse devolve a palavra em minúsculas.
+    """
+
+    def parse(text):
+        """Confere a palavra.
+
+        Argumentos:
+            text (str): palavra dada pelo operador, sem diferenciar maiúsculas.
+        Retorna:
+            str: a palavra em minúsculas.
+        Levanta:
+            ValueError: se não for uma das permitidas.
+        """
+        value = text.strip().lower()
+        if value not in names:
+            raise ValueError(text)
+        return value
+
+    return kind(parse, ", ".join(names[:-1]) + " ou " + names[-1])
+
+
+def pattern(expression, allowed):
+    """Cria o tipo "texto que casa inteiro com uma expressão regular".
+
+    Argumentos:
+        expression (str): expressão regular aplicada ao texto todo.
+        allowed (str): descrição do que é permitido, em português.
+    Retorna:
+        kind: tipo cujo parse devolve o próprio texto.
+    """
+
+    def parse(text):
+        """Confere o texto.
+
+        Argumentos:
+            text (str): texto dado pelo operador.
+        Retorna:
+            str: o mesmo texto, intacto.
+        Levanta:
+            ValueError: se não casar com a expressão.
+        """
+        if not re.fullmatch(expression, text, re.DOTALL):
+            raise ValueError(text)
+        return text
+
+    return kind(parse, allowed)
+
+
+def parse_switch(text):
+    """Lê uma chave liga/desliga.
+
+    Argumentos:
+        text (str): on ou off (também 1/0, true/false, yes/no, sim/não).
+    Retorna:
+        bool: verdadeiro se ligada.
+    Levanta:
+        ValueError: se a palavra não for conhecida.
+    """
+    words = {"on": True, "1": True, "true": True, "yes": True, "sim": True}
+    words |= {"off": False, "0": False, "false": False, "no": False, "não": False}
+    try:
+        return words[text.strip().lower()]
+    except KeyError:
+        raise ValueError(text) from None
+
+
+def parse_json_line(text):
+    """Lê uma mensagem que será enviada como uma única linha.
+
+    Argumentos:
+        text (str): conteúdo, que pode ter quebras de linha.
+    Retorna:
+        bytes: a linha já normalizada, sem o LF final.
+    Levanta:
+        ValueError: se o texto for vazio.
+    """
+    if not text.strip():
+        raise ValueError(text)
+    return normalize_line(text.strip().encode("utf-8", "replace"))
+
+
+def split_list(text):
+    """Separa os itens de uma lista.
+
+    Argumentos:
+        text (str): itens separados por vírgula ou espaço.
+    Retorna:
+        list[str]: os itens, na ordem; vazia se não há nenhum.
+    """
+    return [item for item in re.split(r"[,\s]+", text) if item]
+
+
+def parse_tokens(text):
+    """Lê os tokens que autorizam uma requisição.
+
+    Argumentos:
+        text (str): vazio, ou tokens separados por vírgula ou espaço.
+    Retorna:
+        tuple[bytes]: os tokens; vazia se a autorização está desligada.
+    Levanta:
+        ValueError: se algum não for ASCII visível, ou se só houver separadores, que
+            desligariam sem aviso o que o operador quis ligar.
+    """
+    tokens = split_list(text)
+    if (text and not tokens) or not all(re.fullmatch(r"[\x21-\x7e]+", token) for token in tokens):
+        raise ValueError(text)
+    return tuple(token.encode() for token in tokens)
+
+
+def parse_header_names(text):
+    """Lê a lista de cabeçalhos que não vão para o Redis.
+
+    Argumentos:
+        text (str): vazio, none (ou nenhum), ou nomes separados por vírgula ou espaço.
+    Retorna:
+        frozenset[str]: os nomes em minúsculas.
+    Levanta:
+        ValueError: se algum não for um nome de cabeçalho.
+    """
+    # O WSGI não distingue "_" de "-", e quem escreve um costuma querer o outro.
+    names = [name.lower().replace("_", "-") for name in split_list(text)]
+    if names in (["none"], ["nenhum"]):
+        return frozenset()
+    # RFC 9110, 5.6.2.
+    if {"none", "nenhum"} & set(names) or not all(re.fullmatch(r"[a-z0-9!#$%&'*+.^`|~-]+", name) for name in names):
+        raise ValueError(text)
+    return frozenset(names)
+
+
+origin_form = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@:*\[\]]+)(?::([0-9]{1,5}))?")
+default_ports = {"http": 80, "https": 443}
+
+
+def parse_origin(text):
+    """Lê uma origem de CORS.
+
+    Argumentos:
+        text (str): esquema://host[:porta], "*" ou "null".
+    Retorna:
+        str: a origem como o navegador a envia: em minúsculas, sem barra, sem a porta
+        que o esquema já diz e com o nome em ASCII (RFC 6454, 6.2).
+    Levanta:
+        ValueError: se não tiver essa forma; nenhum navegador enviaria outra.
+    """
+    origin = text.rstrip("/").lower()
+    if origin in ("*", "null"):
+        return origin
+    parts = origin_form.fullmatch(origin)
+    if not parts:
+        raise ValueError(text)
+    scheme, host, port = parts[1], parts[2].encode("idna").decode(), int(parts[3] or default_ports.get(parts[1], 1))
+    if not 1 <= port <= 65535:
+        raise ValueError(text)
+    is_implied = parts[3] is None or port == default_ports.get(scheme)
+    return f"{scheme}://{host}" if is_implied else f"{scheme}://{host}:{port}"
+
+
+def parse_origins(text):
+    """Lê a lista de origens de CORS.
+
+    Argumentos:
+        text (str): vazio, "*" ou origens separadas por vírgula ou espaço.
+    Retorna:
+        frozenset[str]: as origens, na forma de parse_origin.
+    Levanta:
+        ValueError: se alguma não for uma origem, ou se houver um "*" entre outras, que
+            as tornaria inúteis.
+    """
+    origins = frozenset(map(parse_origin, split_list(text)))
+    if "*" in origins and len(origins) > 1:
+        raise ValueError(text)
+    return origins
+
+
+def parse_host(text):
+    """Lê HTTP_HOST.
+
+    Argumentos:
+        text (str): endereço IPv4 ou IPv6, este sem colchetes, ou nome de máquina.
+    Retorna:
+        str: o mesmo texto.
+    Levanta:
+        ValueError: se nem pudesse ser procurado no DNS.
+    """
+    if not re.fullmatch(name_expression, text):
+        raise ValueError(text)
+    try:
+        if ":" in text:
+            socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+        else:
+            # É como o Python o procuraria; um rótulo vazio ou longo demais seria uma exceção.
+            text.encode("idna")
+    except OSError as error:
+        raise ValueError(text) from error
+    return text
+
+
+class redis_address(typing.NamedTuple):
+    """Endereço do Redis: a URL para o redis-py e a forma que pode ser mostrada."""
+
+    url: str
+    shown: str
+
+
+name_expression = r"[^\s\x00-\x1f\x7f]+"
+# O maior número que o Redis sabe ler; quantos databases ele tem só ele diz.
+last_database = 2**31 - 1
+url_reserved = {
+    "protocol", "decode_responses", "encoding", "socket_timeout", "socket_connect_timeout", "socket_keepalive",
+    "health_check_interval", "max_connections", "retry_on_timeout", "retry_on_error", "client_name",
+}
+
+
+def parse_sentinels(text):
+    """Lê a forma de REDIS_SERVER que nomeia sentinelas.
+
+    Argumentos:
+        text (str): sentinel://[usuário:senha@]ip[:porta],.../mestre[/database]; o
+            usuário e a senha são os das sentinelas; sem porta vale 26379.
+    Retorna:
+        redis_address: o texto completo e o texto sem usuário nem senha.
+    Levanta:
+        ValueError: se não tiver essa forma.
+    """
+    host = r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\],]+)(?::[0-9]{1,5})?"
+    parts = re.fullmatch(rf"sentinel://(?:[^\s/@]*@)?({host}(?:,{host})*)/([^\s/?#]+)(?:/([0-9]+))?", text)
+    if not parts or int(parts[3] or 0) > last_database:
+        raise ValueError(text)
+    for each in parts[1].split(","):
+        url = urllib.parse.urlsplit(f"//{each}")
+        # A propriedade port recusa o que passa de 65535.
+        if url.port == 0:
+            raise ValueError(text)
+        parse_host(url.hostname)
+    return redis_address(text, f"sentinel://{parts[1]}/{parts[2]}/{int(parts[3] or 0)}")
+
+
+def parse_redis_address(text):
+    """Lê REDIS_SERVER: ip[:porta][/database], uma URL do redis-py ou as sentinelas.
+
+    Argumentos:
+        text (str): endereço; sem porta vale 6379 e sem database vale 0.
+    Retorna:
+        redis_address: a URL completa e o texto sem usuário nem senha.
+    Levanta:
+        ValueError: se não tiver uma das formas permitidas.
+    """
+    text = text.strip()
+    if "://" not in text:
+        parts = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(?::([0-9]+))?(?:/([0-9]*)/?)?", text)
+        if not parts:
+            raise ValueError(text)
+        host, port, database = parts.group(1), int(parts.group(2) or 6379), int(parts.group(3) or 0)
+        if not 1 <= port <= 65535 or database > last_database:
+            raise ValueError(text)
+        parse_host(host.strip("[]"))
+        shown = f"{host}:{port}/{database}"
+        return redis_address(f"redis://{shown}", shown)
+    if text.startswith("sentinel:"):
+        return parse_sentinels(text)
+    url = urllib.parse.urlsplit(text)
+    if url.scheme not in ("redis", "rediss", "unix") or not (url.hostname or url.scheme == "unix"):
+        raise ValueError(text)
+    if url.port == 0 or (url.scheme != "unix" and not re.fullmatch(r"(/[0-9]*/?)?", url.path)):
+        raise ValueError(text)
+    # Na URL, estas opções valeriam mais que as do programa, que depende das suas.
+    if url_reserved & set(urllib.parse.parse_qs(url.query, keep_blank_values=True)):
+        raise ValueError(text)
+    # A conexão só é construída aqui para que o redis-py confira as opções da URL.
+    try:
+        connection = redis.ConnectionPool.from_url(text).make_connection()
+        if not 0 <= int(connection.db) <= last_database:
+            raise ValueError(text)
+    except Exception as error:
+        raise ValueError(text) from error
+    # O database mostrado é o que vale, venha ele do caminho ou de "?db=".
+    if url.scheme == "unix":
+        return redis_address(text, f"unix://{connection.path}?db={connection.db}")
+    parse_host(url.hostname)
+    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
+    return redis_address(text, f"{url.scheme}://{host}:{connection.port}/{connection.db}")
+
+
+text_kind = kind(str, "qualquer texto em UTF-8")
+name_kind = pattern(name_expression, "um texto sem espaços, de um caractere ou mais")
+queue_kind = pattern(f"({name_expression})?", "vazio ou um texto sem espaços")
+host_kind = kind(parse_host, "um endereço IP (IPv6 sem colchetes) ou o nome desta máquina")
+header_kind = pattern(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", "um texto ASCII imprimível, de uma só linha")
+line_kind = kind(parse_json_line, "um texto que não seja vazio")
+switch_kind = kind(parse_switch, "on ou off")
+tokens_kind = kind(parse_tokens, "vazio, ou um ou mais tokens em ASCII visível, separados por vírgula ou espaço")
+names_kind = kind(parse_header_names, "vazio, none ou nomes de cabeçalhos separados por vírgula ou espaço")
+origins_kind = kind(parse_origins, "vazio, um * sozinho ou uma lista de origens como https://exemplo.com.br")
+redis_kind = kind(
+    parse_redis_address,
+    "ip:porta/database (127.0.0.1:6379/1), uma URL redis://, rediss:// ou unix://, ou "
+    "sentinel://ip:porta,ip:porta/mestre/database",
+)
+day = 24 * 60 * 60 * 1000
+line_types = ("application/x-ndjson", "application/json-lines", "application/jsonl")
+
+settings = [
+    setting("HTTP_PORT", ("-p", "--port"), integer(0, 65535), "8771", "HTTP", "",
+            "porta HTTP; 0 escolhe uma porta livre, informada no log"),
+    # O padrão é o da especificação; quem quer menos tem HTTP_HOST, AUTH_TOKEN e localhost-only.conf.
+    setting("HTTP_HOST", ("--host",), host_kind, "0.0.0.0", "HTTP", "",  # nosec B104
+            "endereço em que o servidor escuta; :: atende IPv6 e IPv4"),
+    setting("HTTP_SERVER", ("--server",), choice("flask", "waitress"), "flask", "HTTP", "",
+            "servidor HTTP que hospeda a aplicação"),
+    setting("SERVERNAME", ("-s", "--servername"), header_kind, program, "HTTP", "",
+            "nome do servidor, enviado no cabeçalho Server"),
+    setting("CONTENT_TYPE", ("--content-type",), choice(*line_types, "application/json"), line_types[0], "HTTP", "",
+            "tipo do streaming para o cliente cujo Accept não nomeia nenhum dos nossos"),
+    setting("AUTH_TOKEN", ("--auth-token",), tokens_kind, "", "HTTP", "",
+            "token exigido em Authorization: Bearer, ou vários; vazio não exige", True),
+    setting("HEADERS_EXCLUDE", ("--headers-exclude",), names_kind, "", "HTTP", "",
+            "cabeçalhos que não vão para o Redis; vazio é authorization,cookie se houver AUTH_TOKEN"),
+    setting("CORS_ORIGIN", ("--cors-origin",), origins_kind, "", "HTTP", "",
+            "origens de navegador autorizadas por CORS; vazio desliga"),
+    setting("TRUST_PROXY", ("--trust-proxy",), integer(0, 16), "0", "HTTP", "",
+            "proxies reversos confiáveis à frente, que dizem em X-Forwarded-For quem é o cliente; 0 não acredita"),
+    setting("REDIS_SERVER", ("-R", "--redis"), redis_kind, "127.0.0.1:6379/1", "Redis", "",
+            "endereço do Redis"),
+    setting("REDIS_PASSWORD", ("-S", "--secret"), text_kind, "", "Redis", "",
+            "senha do Redis; vazio não autentica", True),
+    setting("REDIS_CHANNEL", ("-C", "--channel"), name_kind, "ndjson_jobs", "Redis", "",
+            "canal em que as tarefas são publicadas"),
+    setting("REDIS_QUEUE", ("--queue",), queue_kind, "", "Redis", "",
+            "lista em que as tarefas também entram, para workers que usam BLPOP; vazio desliga"),
+    setting("REDIS_PREFIX", ("-X", "--prefix"), name_kind, "ndjson_task_", "Redis", "",
+            "prefixo da chave da tarefa"),
+    setting("REDIS_LIST_PREFIX", ("-L", "--list-prefix"), name_kind, "ndjson_list_", "Redis", "",
+            "prefixo da lista em que o worker empurra as linhas"),
+    setting("REDIS_TTL", ("--ttl",), integer(3, 31536000), "600", "Redis", "s",
+            "validade das chaves da tarefa, renovada enquanto o streaming vive"),
+    setting("REDIS_WAKE", ("--wake",), switch_kind, "on", "Redis", "",
+            "o Redis avisa qual chave mudou, e a linha sai antes de INTERVAL"),
+    setting("INTERVAL", ("-i", "--interval"), integer(1, day), "200", "Tempos", "ms",
+            "espera máxima entre duas consultas à lista vazia"),
+    setting("PAUSE", ("-P", "--pause"), integer(0, day), "20", "Tempos", "ms",
+            "pausa depois de enviar uma linha; 0 envia em lotes"),
+    setting("MAXTIME", ("-t", "--maxtime"), integer(1, day), "45000", "Tempos", "ms",
+            "tempo máximo sem linha nova, contado da última linha ou da requisição"),
+    setting("MAXTIME_ERROR", ("-E", "--maxtime-error"), line_kind, '{"error": "timeout"}', "Tempos", "",
+            "linha enviada quando MAXTIME se esgota"),
+    setting("HEARTBEAT", ("--heartbeat",), integer(0, day), "0", "Tempos", "ms",
+            "silêncio após o qual HEARTBEAT_LINE é enviada; 0 desliga"),
+    setting("HEARTBEAT_LINE", ("--heartbeat-line",), line_kind, '{"type": "ping"}', "Tempos", "",
+            "linha que mantém viva uma conexão silenciosa; não conta para MAXTIME"),
+    setting("DRAIN", ("--drain",), integer(0, day), "5000", "Tempos", "ms",
+            "tempo que os streams têm para acabar quando o serviço para"),
+    setting("MAX_STREAMS", ("--max-streams",), integer(1, 100000), "4096", "Limites", "",
+            "streams simultâneos; um a mais recebe 503"),
+    setting("MAX_BODY", ("--max-body",), integer(0, 536870912), "16777216", "Limites", "bytes",
+            "tamanho máximo do corpo da requisição; maior recebe 413"),
+    setting("REQUEST_TIMEOUT", ("--request-timeout",), integer(100, day), "30000", "Limites", "ms",
+            "prazo para a requisição chegar inteira, com o corpo; vencido, recebe 408"),
+    setting("METRICS_PORT", ("--metrics-port",), integer(0, 65535), "0", "Métricas", "",
+            "porta das métricas para o Prometheus, em /metrics; 0 desliga"),
+    setting("METRICS_HOST", ("--metrics-host",), host_kind, "127.0.0.1", "Métricas", "",
+            "endereço em que as métricas são servidas, sem senha"),
+    setting("LOG_LEVEL", ("--log-level",), choice("debug", "info", "warning", "error"), "info", "Log", "",
+            "nível mínimo das mensagens de log"),
+    setting("ENV_FILE", ("-f", "--env-file"), pattern(r"[^\x00:]+(:[^\x00:]+)*", "o caminho de um arquivo, ou de vários separados por :"),
+            "/etc/py-ndjson-proxy.env", "Arquivo", "",
+            "arquivo de configurações, abaixo do ambiente e dos argumentos; de vários, o último é o mais forte"),
+]
+
+# Uma variável global por linha da tabela; load_settings lhes dá o valor.
+HTTP_PORT: int = ...
+HTTP_HOST: str = ...
+HTTP_SERVER: str = ...
+SERVERNAME: str = ...
+CONTENT_TYPE: str = ...
+AUTH_TOKEN: tuple = ...
+HEADERS_EXCLUDE: frozenset = ...
+CORS_ORIGIN: frozenset = ...
+TRUST_PROXY: int = ...
+REDIS_SERVER: redis_address = ...
+REDIS_PASSWORD: str = ...
+REDIS_CHANNEL: str = ...
+REDIS_QUEUE: str = ...
+REDIS_PREFIX: str = ...
+REDIS_LIST_PREFIX: str = ...
+REDIS_TTL: int = ...
+REDIS_WAKE: bool = ...
+INTERVAL: int = ...
+PAUSE: int = ...
+MAXTIME: int = ...
+MAXTIME_ERROR: bytes = ...
+HEARTBEAT: int = ...
+HEARTBEAT_LINE: bytes = ...
+DRAIN: int = ...
+MAX_STREAMS: int = ...
+MAX_BODY: int = ...
+REQUEST_TIMEOUT: int = ...
+METRICS_PORT: int = ...
+METRICS_HOST: str = ...
+LOG_LEVEL: str = ...
+ENV_FILE: str = ...
+
+
+class layered(typing.NamedTuple):
+    """O texto efetivo de uma configuração e a camada de onde ele veio."""
+
+    text: str
+    layer: str
+
+
+class help_formatter(argparse.HelpFormatter):
+    """Ajuda do argparse com os títulos em português."""
+
+    def add_usage(self, usage, actions, groups, prefix="uso: "):
+        """Escreve a linha de uso.
+
+        Argumentos:
+            usage (str): texto de uso.
+            actions (list): ações do argparse.
+            groups (list): grupos do argparse.
+            prefix (str): título da linha.
+        """
+        super().add_usage(usage, actions, groups, prefix)
+
+
+def build_parser():
+    """Monta o leitor de argumentos a partir da tabela.
+
+    Retorna:
+        argparse.ArgumentParser: cada configuração vira um atributo com o texto
+        dado, ausente se o argumento não foi usado; mais check, version e help.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program, usage=f"{program} [opções]", add_help=False, allow_abbrev=False,
+        exit_on_error=False, argument_default=argparse.SUPPRESS, formatter_class=help_formatter,
+        description="Middleware HTTP que entrega como NDJSON as partes que um worker empurra no Redis.",
+        epilog="Ordem de força: padrão < arquivo ENV_FILE < variável de ambiente < argumento.",
+    )
+    groups = {}
+    for row in settings:
+        group = groups.get(row.group) or parser.add_argument_group(row.group)
+        groups[row.group] = group
+        unit = f", em {row.unit}" if row.unit else ""
+        detail = f"{row.help}{unit} ({row.name}, padrão: {row.default or 'vazio'})".replace("%", "%%")
+        group.add_argument(*row.flags, dest=row.name, metavar="VALOR", help=detail)
+    group = parser.add_argument_group("Ações")
+    group.add_argument("--check", action="store_true", help="mostra as configurações, testa o Redis e sai")
+    group.add_argument("--version", action="store_true", help="mostra a versão e sai")
+    group.add_argument("-h", "--help", action="store_true", help="mostra esta ajuda e sai")
+    return parser
+
+
+def read_arguments(argv):
+    """Lê os argumentos da linha de comando, ainda como texto.
+
+    Argumentos:
+        argv (list[str]): argumentos, sem o nome do programa.
+    Retorna:
+        dict: nome da configuração -> texto; e check, version, help -> True.
+    Levanta:
+        configuration_error: argumento desconhecido ou sem valor.
+    """
+    parser = build_parser()
+    try:
+        known, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        flag = error.argument_name or "argumento"
+        wants_value = any(name in row.flags for row in settings for name in flag.split("/"))
+        raise configuration_error(
+            f"{flag}: falta o valor do argumento (um valor que começa com - se escreve --opção=-valor)"
+            if wants_value else f"{flag}: este argumento não leva valor"
+        ) from None
+    if unknown:
+        raise configuration_error(unknown_argument(unknown[0], argv))
+    return vars(known)
+
+
+def unknown_argument(word, argv):
+    """Monta a frase sobre um argumento desconhecido.
+
+    Argumentos:
+        word (str): o primeiro deles.
+        argv (list[str]): todos os argumentos.
+    Retorna:
+        str: frase com o argumento; sem ele, se pode ser parte de um segredo.
+    """
+    flags = [flag for row in settings for flag in row.flags] + ["--check", "--version", "--help"]
+    name = word.partition("=")[0]
+    near = difflib.get_close_matches(name, flags, 1) if name.startswith("-") else []
+    hint = f"; o mais parecido é {near[0]}" if near else ""
+    # Sem aspas, um segredo com espaços chega aos pedaços, e só o primeiro é o valor.
+    secret = tuple(flag for row in settings if row.secret for flag in row.flags)
+    if any(each.startswith(secret) or "://" in each for each in argv):
+        return f"argumento desconhecido, não mostrado por haver um segredo; um valor com espaços vai entre aspas{hint}"
+    return f"argumento desconhecido: {name}{hint} (veja --help)"
+
+
+def read_env_file(path, required):
+    """Lê o arquivo de configuração com o python-dotenv.
+
+    Argumentos:
+        path (str): caminho do arquivo, em UTF-8.
+        required (bool): falso se o arquivo pode não existir.
+    Retorna:
+        dict: nome -> texto, sem expandir ${...}: uma senha pode contê-lo.
+    Levanta:
+        configuration_error: arquivo ilegível, fora de UTF-8 ou com linha inválida.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise configuration_error(f"ENV_FILE: o arquivo {path} não existe") from None
+    except UnicodeDecodeError as error:
+        raise configuration_error(f"ENV_FILE: o arquivo {path} não está em UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise configuration_error(f"ENV_FILE: o arquivo {path} não pode ser lido: {reason(error)}") from None
+    for binding in dotenv.parser.parse_stream(io.StringIO(text)):
+        if binding.error or (binding.key is not None and binding.value is None):
+            raise configuration_error(
+                f"ENV_FILE: a linha {binding.original.line} do arquivo {path} não tem a forma NOME=valor"
+            )
+    return dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
+
+
+def unknown_names(values, path):
+    """Procura nomes do arquivo que não são configurações.
+
+    Argumentos:
+        values (dict): conteúdo do arquivo.
+        path (str): caminho do arquivo, para a mensagem.
+    Retorna:
+        list[str]: um aviso por nome desconhecido, com a configuração mais parecida.
+    """
+    names = [row.name for row in settings]
+    warnings = []
+    for name in values:
+        if name in names:
+            continue
+        near = difflib.get_close_matches(name.upper(), names, 1, 0.5)
+        hint = f"; a mais parecida é {near[0]}" if near else ""
+        warnings.append(f"{name}, no arquivo {path}, não é uma configuração conhecida e foi ignorada{hint}")
+    return warnings
+
+
+def parse_setting(row, given):
+    """Converte o texto de uma configuração.
+
+    Argumentos:
+        row (setting): linha da tabela.
+        given (layered): texto e camada.
+    Retorna:
+        object: o valor, do tipo da configuração.
+    Levanta:
+        configuration_error: frase com nome, valor, camada e o que é permitido.
+    """
+    try:
+        # Bytes fora de UTF-8 chegam do sistema como surrogates, que o Redis recusaria.
+        given.text.encode("utf-8")
+        return row.kind.parse(given.text)
+    except ValueError:
+        # Uma URL do Redis traz a senha antes do @ ou entre as opções, depois do "?".
+        is_secret = row.secret or (row.name == "REDIS_SERVER" and re.search(r"[@?]", given.text))
+        shown = "o valor dado" if is_secret else f"o valor {given.text!r}"
+        raise configuration_error(
+            f"{row.name}: {shown} ({given.layer}) não é válido; é permitido {row.kind.allowed}"
+        ) from None
+
+
+def secret_arguments(arguments):
+    """Acha os segredos dados na linha de comando.
+
+    Argumentos:
+        arguments (dict): nome da configuração -> texto, como em read_arguments.
+    Retorna:
+        list[setting]: linhas da tabela; a de REDIS_SERVER se a URL traz uma senha.
+    """
+    given = [row for row in settings if arguments.get(row.name)]
+    return [row for row in given if row.secret or (row.name == "REDIS_SERVER" and has_password(arguments[row.name]))]
+
+
+def has_password(address):
+    """Diz se um endereço do Redis traz uma senha.
+
+    Argumentos:
+        address (str): valor de REDIS_SERVER, já conferido.
+    Retorna:
+        bool: verdadeiro se é uma URL com senha antes do @ ou entre as opções.
+    """
+    url = urllib.parse.urlsplit(address)
+    return "://" in address and bool(url.password or any("password" in name for name in urllib.parse.parse_qs(url.query)))
+
+
+def load_settings(argv, environ):
+    """Resolve todas as configurações e preenche as variáveis globais.
+
+    Argumentos:
+        argv (list[str]): argumentos, sem o nome do programa.
+        environ (dict): variáveis de ambiente.
+    Retorna:
+        tuple: (ações pedidas, um dict; texto e camada de cada configuração, um
+        dict de layered; avisos, uma lista de frases).
+    Levanta:
+        configuration_error: no primeiro valor inválido.
+    """
+    arguments = read_arguments(argv)
+    given = {row.name: layered(row.default, "padrão") for row in settings}
+    actions = {name: arguments.pop(name) for name in ("check", "version", "help") if name in arguments}
+    if "version" in actions or "help" in actions:
+        return actions, given, []
+    upper = {row.name: layered(environ[row.name], "ambiente") for row in settings if row.name in environ}
+    for row in settings:
+        if row.name in arguments:
+            upper[row.name] = layered(arguments[row.name], f"argumento {row.flags[-1]}")
+    named = parse_setting(settings[-1], upper.get("ENV_FILE", given["ENV_FILE"]))
+    warnings = []
+    *common, last = named.split(":")
+    for path in (*common, last):
+        # Só o último arquivo que o operador nomeou precisa existir.
+        values = read_env_file(path, required=path == last and "ENV_FILE" in upper)
+        warnings += unknown_names(values, path)
+        if values.pop("ENV_FILE", named) != named:
+            warnings.append(f"ENV_FILE, dentro do arquivo {path}, não tem efeito")
+        given |= {row.name: layered(values[row.name], f"arquivo {path}") for row in settings if row.name in values}
+    given |= upper
+    if given["AUTH_TOKEN"].text and not given["HEADERS_EXCLUDE"].text.strip():
+        # O token, guardado no Redis, daria a quem o lê o direito de criar tarefas.
+        given["HEADERS_EXCLUDE"] = layered("authorization,cookie", "padrão com AUTH_TOKEN")
+    for row in settings:
+        globals()[row.name] = parse_setting(row, given[row.name])
+    check_combinations(given)
+    warnings += [
+        f"{row.name}: o argumento {row.flags[-1]} deixa o segredo à vista na lista de processos; "
+        f"o lugar dele é o arquivo {last}" for row in secret_arguments(arguments)
+    ]
+    return actions, given, warnings
+
+
+def check_combinations(given):
+    """Confere as regras que envolvem duas configurações.
+
+    Argumentos:
+        given (dict): texto e camada de cada configuração.
+    Levanta:
+        configuration_error: se duas configurações não podem andar juntas.
+    """
+    if REDIS_PREFIX == REDIS_LIST_PREFIX:
+        raise configuration_error(
+            f"REDIS_LIST_PREFIX: o valor {REDIS_LIST_PREFIX!r} ({given['REDIS_LIST_PREFIX'].layer}) "
+            "deve ser diferente de REDIS_PREFIX, pois uma chave do Redis só tem um tipo"
+        )
+    if METRICS_PORT and importlib.util.find_spec("prometheus_client") is None:
+        raise configuration_error(
+            f"METRICS_PORT: o valor {METRICS_PORT} ({given['METRICS_PORT'].layer}) pede o módulo prometheus_client, "
+            "que falta; no Debian: apt install python3-prometheus-client"
+        )
+    if METRICS_PORT and METRICS_PORT == HTTP_PORT and (METRICS_HOST == HTTP_HOST or HTTP_HOST in ("0.0.0.0", "::")):
+        raise configuration_error(
+            f"METRICS_PORT: o valor {METRICS_PORT} ({given['METRICS_PORT'].layer}) deve ser diferente de HTTP_PORT"
+        )
+    for name, prefix in (("REDIS_PREFIX", REDIS_PREFIX), ("REDIS_LIST_PREFIX", REDIS_LIST_PREFIX)):
+        if REDIS_QUEUE.startswith(prefix):
+            raise configuration_error(
+                f"REDIS_QUEUE: o valor {REDIS_QUEUE!r} ({given['REDIS_QUEUE'].layer}) não pode começar com "
+                f"{name}, que é {prefix!r}: a fila seria tomada por uma chave de tarefa"
+            )
+    if PAUSE >= MAXTIME:
+        raise configuration_error(
+            f"PAUSE: o valor {PAUSE} ({given['PAUSE'].layer}) deve ser menor que MAXTIME, "
+            f"que é {MAXTIME} ({given['MAXTIME'].layer}): toda linha terminaria em MAXTIME_ERROR"
+        )
+
+# =============================================================================
+# Log e systemd
+# =============================================================================
+
+log = logging.getLogger(program)
+# Linhas de log que esperam por uma saída lenta; além delas, são perdidas e contadas.
+log_lines = 10000
+# Tempo máximo, em segundos, para escrever o que resta ao encerrar.
+log_patience = 1.0
+# Tempo, em segundos, até repetir no log um aviso igual.
+warning_interval = 60.0
+# Assunto de um aviso -> (quando pode sair de novo, quantos foram calados).
+told_warnings = {}
+
+
+def plural(count, one, many):
+    """Escreve um número e o que ele conta.
+
+    Argumentos:
+        count (int): quantidade.
+        one (str): palavras no singular.
+        many (str): palavras no plural.
+    Retorna:
+        str: "1 stream", "2 streams".
+    """
+    return f"{count} {one if count == 1 else many}"
+
+
+class log_formatter(logging.Formatter):
+    """Formata uma linha de log: <N> para o journald, palavra do nível fora dele."""
+
+    priorities: typing.ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
+    words: typing.ClassVar = {"WARNING": "aviso: ", "ERROR": "erro: ", "CRITICAL": "erro: "}
+
+    def __init__(self, is_journal):
+        """Guarda o destino.
+
+        Argumentos:
+            is_journal (bool): verdadeiro se a saída de erros é o journald.
+        """
+        super().__init__()
+        self.is_journal = is_journal
+
+    def format(self, record):
+        """Monta a linha.
+
+        Argumentos:
+            record (logging.LogRecord): registro.
+        Retorna:
+            str: uma só linha, sem caracteres de controle: um texto vindo de fora
+            não pode forjar outra linha de log.
+        """
+        text = record.getMessage()
+        if record.exc_info and log.isEnabledFor(logging.DEBUG):
+            text += f" | {self.formatException(record.exc_info)}"
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        if self.is_journal:
+            return f"<{self.priorities.get(record.levelname, 6)}>{text}"
+        return self.words.get(record.levelname, "") + text
+
+
+class log_queue(logging.handlers.QueueHandler):
+    """Fila entre o programa e a saída de erros: uma saída presa não prende o laço."""
+
+    lost = 0
+
+    def enqueue(self, record):
+        """Guarda uma linha, ou a conta como perdida se a fila está cheia.
+
+        Argumentos:
+            record (logging.LogRecord): linha já formatada.
+        """
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.lost += 1
+            return
+        if self.lost and self.queue.qsize() < log_lines // 2:
+            count, self.lost = self.lost, 0
+            log.warning("%d linhas de log se perderam: a saída de erros não as aceitava", count)
+
+
+def configure_logging():
+    """Prepara o log do programa e cala o das bibliotecas.
+
+    Retorna:
+        logging.handlers.QueueListener: quem escreve as linhas, em sua própria thread.
+    """
+    # Sem isto, uma falha de escrita geraria um traceback a cada linha.
+    logging.raiseExceptions = False
+    is_journal = False
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        status = os.fstat(sys.stderr.fileno())
+        is_journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    handler = log_queue(queue.Queue(log_lines))
+    handler.setFormatter(log_formatter(is_journal))
+    logging.basicConfig(handlers=[handler], level=logging.CRITICAL, force=True)
+    log.setLevel(logging.INFO)
+    # O werkzeug, sem nível próprio, daria a si mesmo o INFO.
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    writer = logging.handlers.QueueListener(handler.queue, logging.StreamHandler(sys.stderr))
+    writer.start()
+    return writer
+
+
+def warn_rarely(text, subject=None):
+    """Escreve um aviso que outros podem provocar à vontade: sai uma vez por minuto.
+
+    Argumentos:
+        text (str): frase para o operador.
+        subject (str): o que torna iguais dois avisos; sem ele, a própria frase.
+    """
+    subject, now = subject or text, time.monotonic()
+    due, count = told_warnings.get(subject, (0.0, 0))
+    if now < due:
+        told_warnings[subject] = (due, count + 1)
+        return
+    for name, row in list(told_warnings.items()):
+        if row[0] <= now:
+            told_warnings.pop(name, None)
+    told_warnings[subject] = (now + warning_interval, 0)
+    log.warning("%s%s", text, f" (e outras {count} vezes desde o último aviso)" if count else "")
+
+
+def reason(error):
+    """Diz por que algo falhou, com as palavras do sistema, do TLS ou do Redis.
+
+    Argumentos:
+        error (Exception): erro do sistema ou do redis-py, que guarda a causa.
+    Retorna:
+        str: trecho de frase.
+    """
+    cause = error
+    while cause is not None and not isinstance(cause, redis.ResponseError | redis.AuthenticationError):
+        if isinstance(cause, redis.sentinel.MasterNotFoundError):
+            # As palavras deste trazem tudo o que há nas conexões, a senha inclusive.
+            return "nenhuma sentinela diz quem é o mestre"
+        if isinstance(cause, ssl.SSLError):
+            return f"falha de TLS ({getattr(cause, 'verify_message', None) or cause.reason or cause})"
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        if isinstance(cause, redis.TimeoutError | TimeoutError):
+            return f"sem resposta em {redis_timeout:g} s"
+        cause = cause.__cause__ or cause.__context__
+    return redis_words(error)
+
+
+def notify_systemd(state):
+    """Informa o estado ao systemd (protocolo sd_notify).
+
+    Argumentos:
+        state (str): linhas NOME=valor, como READY=1.
+    """
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(state.encode(), re.sub("^@", "\0", address))
+    except OSError as error:
+        log.debug("o systemd não recebeu a notificação: %s", reason(error))
+
+
+# =============================================================================
+# Redis: uma conexão, aberta pelo redis-py e falada pelo laço
+# =============================================================================
+
+# Sem resposta por este tempo, em segundos, o Redis é dado como fora do ar.
+redis_timeout = 2.0
+# Enquanto ele está fora do ar, quanto tempo, em segundos, uma requisição espera pela volta.
+down_patience = 0.25
+# Tempo, em segundos, sem nenhum comando até um PING provar que a conexão vive.
+idle_ping = 15.0
+# Tamanho, em bytes, de uma leitura da conexão.
+receive_size = 65536
+# Limites de uma retirada com PAUSE=0: maiores rendem mais linhas por segundo, mas seguram
+# por mais tempo os outros streams e a memória.
+take_lines = 500
+take_bytes = 262144
+
+# Tirar uma linha precisa ser repetível: se a conexão cai depois do LPOP e antes
+# da resposta, a linha não está mais na lista nem chegou aqui. Por isso o que sai
+# da lista fica guardado, com o número do pedido, até o pedido seguinte; o pedido
+# repetido recebe o guardado. Um número menor que o guardado é de um pedido que se
+# atrasou na rede e já foi repetido por outra conexão: não pode tirar nada. TYPE e
+# LPOP são um só passo: o fim só é declarado quando a chave sumiu E a lista se esvaziou
+# no mesmo instante; se a chave sumiu e ainda há linhas, o tipo devolvido é "more".
+take_script = """
+local kind = redis.call('TYPE', KEYS[1]).ok
+local past = tonumber(string.match(redis.call('GETRANGE', KEYS[3], 0, 19), '^%d+')) or 0
+if past == tonumber(ARGV[1]) then
+  local kept = redis.call('GET', KEYS[3])
+  return cmsgpack.unpack(string.sub(kept, string.find(kept, ' ', 1, true) + 1))
+end
+if past > tonumber(ARGV[1]) then return {kind, {}} end
+local lines, size = {}, 0
+local function fill(source)
+  while #lines < tonumber(ARGV[2]) and size < tonumber(ARGV[3]) do
+    local line = redis.call('LPOP', source)
+    if not line then break end
+    size = size + #line
+    lines[#lines + 1] = line
+  end
+end
+fill(KEYS[2])
+if #lines == 0 and kind == 'list' then fill(KEYS[1]) end
+if #lines > 0 then
+  if kind == 'none' and redis.call('EXISTS', KEYS[2]) == 1 then kind = 'more' end
+  redis.call('SET', KEYS[3], ARGV[1] .. ' ' .. cmsgpack.pack({kind, lines}), 'EX', ARGV[4])
+end
+return {kind, lines}
+"""
+
+# Recusas que não são do comando, mas do estado do servidor, e passam: ele carrega os
+# dados, é uma réplica (o mestre mudou) ou não consegue gravar em disco. E as que só uma
+# conexão nova resolve: o script foi esquecido, ou uma ACL o negou agora.
+passing_codes = ("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "CLUSTERDOWN", "NOREPLICAS", "NOSCRIPT")
+redis_failures = (redis.ConnectionError, redis.TimeoutError)
+
+
+def redis_pool():
+    """Cria a fábrica de conexões do redis-py para REDIS_SERVER.
+
+    Retorna:
+        redis.ConnectionPool: só constrói conexões; não abre nenhuma.
+    """
+    options = {
+        "socket_timeout": redis_timeout,
+        # A repetição silenciosa do redis-py rodaria de novo um comando que já rodou; quem
+        # decide o que pode ser repetido é quem o pediu.
+        "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+    }
+    # O aperto de mão do redis-py fica em RESP2, o que todas as versões sabem fazer (a 4 não
+    # conhece o argumento; a 8 usaria RESP3); redis_link.open passa a RESP3 por conta própria.
+    if int(redis.__version__.partition(".")[0]) >= 5:
+        options["protocol"] = 2
+    if REDIS_SERVER.url.startswith("sentinel:"):
+        pool = sentinel_pool(options)
+    else:
+        if not REDIS_SERVER.url.startswith("unix:"):
+            options |= {"socket_connect_timeout": redis_timeout, "socket_keepalive": True}
+        pool = redis.ConnectionPool.from_url(REDIS_SERVER.url, **options)
+    pool.connection_kwargs["decode_responses"] = False
+    if REDIS_PASSWORD:
+        pool.connection_kwargs["password"] = REDIS_PASSWORD
+    return pool
+
+
+def sentinel_pool(options):
+    """Cria a fábrica de conexões com o mestre que as sentinelas apontam.
+
+    Argumentos:
+        options (dict): opções das conexões com o mestre.
+    Retorna:
+        redis.sentinel.SentinelConnectionPool: cada conexão pergunta de novo, ao ser
+        aberta, quem é o mestre.
+    """
+    access = REDIS_SERVER.url.removeprefix("sentinel://").rpartition("@")[0]
+    user, _, password = access.partition(":")
+    hosts, master, database = REDIS_SERVER.shown.removeprefix("sentinel://").split("/")
+    split = [urllib.parse.urlsplit(f"//{host}") for host in hosts.split(",")]
+    # Uma sentinela muda não pode consumir o tempo de quem espera pela resposta.
+    asking = {"socket_timeout": redis_timeout / 4, "socket_connect_timeout": redis_timeout / 4,
+              "retry": options["retry"]}
+    if access:
+        asking |= {"username": urllib.parse.unquote(user) or None, "password": urllib.parse.unquote(password)}
+    sentinels = redis.sentinel.Sentinel([(url.hostname, url.port or 26379) for url in split], sentinel_kwargs=asking)
+    return redis.sentinel.SentinelConnectionPool(
+        master, sentinels, socket_connect_timeout=redis_timeout / 2, socket_keepalive=True, db=int(database), **options,
+    )
+
+
+class exchange(typing.NamedTuple):
+    """Comandos enviados de uma vez, à espera de suas respostas."""
+
+    future: asyncio.Future
+    count: int
+    replies: list
+    sent_at: float
+
+
+class redis_link:
+    """A conexão com o Redis: comandos em fila, respostas na ordem, avisos no meio."""
+
+    def __init__(self):
+        """Prepara a conexão, sem abri-la."""
+        # A fábrica do redis-py, que a conexão com sentinelas só referencia fracamente.
+        self.pool = redis_pool()
+        # A conexão do redis-py, que abre e fecha o socket; aqui só se lê e escreve nele.
+        self.connection = self.pool.make_connection()
+        self.socket = None
+        # Bytes que o sistema ainda não aceitou, e se ele avisará quando couberem mais.
+        self.outgoing, self.is_blocked = bytearray(), False
+        # Bytes recebidos ainda sem resposta inteira, e o mínimo que falta a ela.
+        self.incoming, self.missing = [], 1
+        # Trocas à espera de resposta, e quando a rede avançou no meio de uma delas.
+        self.pending, self.moved_at = collections.deque(), 0.0
+        # Aberta e pronta; um pedido de pressa para reabrir; o resultado da próxima tentativa; a causa da queda.
+        self.up, self.hurry = asyncio.Event(), asyncio.Event()
+        self.attempt, self.lost = loop.create_future(), None
+        # Se o Redis manda avisos, e o começo da retirada pelo script (vazio se ele os nega).
+        self.is_tracked, self.take_head = False, b""
+        # Já estava fora do ar, e quantas vezes caiu e voltou.
+        self.is_down, self.cuts, self.returns = False, 0, 0
+
+    async def open(self):
+        """Abre a conexão, carrega o script e liga os avisos.
+
+        Levanta:
+            redis.RedisError, OSError: se o Redis não atender.
+        """
+        # Nomes, TCP, TLS, AUTH e SELECT esperam pela rede: não no laço.
+        await asyncio.to_thread(self.connection.connect)
+        self.lost = loop.create_future()
+        self.socket = redis_socket(self.connection)
+        self.socket.setblocking(False)
+        loop.add_reader(self.socket, self.receive)
+        try:
+            async with asyncio.timeout(redis_timeout):
+                await self.greet()
+        except BaseException as error:
+            self.lose(error)
+            raise redis.TimeoutError("sem resposta do Redis") if isinstance(error, TimeoutError) else error from None
+        self.up.set()
+
+    async def greet(self):
+        """Prova a conexão recém-aberta e pede o que o programa usa.
+
+        Levanta:
+            redis.RedisError: se o Redis recusar o indispensável.
+        """
+        # Apagar o que não existe não muda nada, e uma réplica recusa. O nome é para o operador; uma ACL pode negá-lo.
+        pong, trial, loaded, _ = await self.send(
+            ("PING",), ("UNLINK", REDIS_LIST_PREFIX), ("SCRIPT", "LOAD", take_script), ("CLIENT", "SETNAME", program))
+        for reply in (pong, trial):
+            if isinstance(reply, Exception) and (reply is pong or is_passing(reply)):
+                raise reply
+        refusal = loaded
+        if isinstance(loaded, bytes):
+            # Quem pode carregar um script pode não poder rodá-lo. Um pedido atrasado (-1) não tira nada.
+            refusal, = await self.send(("EVALSHA", loaded, 3, *[REDIS_LIST_PREFIX + "?"] * 3, -1, 0, 0, REDIS_TTL))
+        self.take_head = b"" if isinstance(refusal, Exception) else pack_words("EVALSHA", loaded, 3)
+        if not self.take_head:
+            warn_rarely(f"o Redis não aceita scripts ({reason(refusal)}): as linhas são tiradas com LPOP simples, "
+                        "e uma queda da conexão pode perder a que estava a caminho")
+        if REDIS_WAKE:
+            # Em RESP2 o Redis aceitaria o pedido, e trabalharia por avisos que não tem como mandar.
+            prefixes = sorted({REDIS_PREFIX, REDIS_LIST_PREFIX}, key=len)
+            # O Redis recusa prefixos que se sobrepõem; o mais curto abrange o outro.
+            kept = [p for i, p in enumerate(prefixes) if not p.startswith(tuple(prefixes[:i]))]
+            words = [word for prefix in kept for word in ("PREFIX", prefix)]
+            refusal = first_error(await self.send(("HELLO", 3))) or first_error(
+                await self.send(("CLIENT", "TRACKING", "ON", "BCAST", *words, "NOLOOP")))
+            self.is_tracked = refusal is None
+            if refusal:
+                warn_rarely(f"REDIS_WAKE: o Redis recusou os avisos ({reason(refusal)}); fica só a consulta periódica")
+
+    def lose(self, error):
+        """Fecha a conexão; quem esperava por uma resposta recebe a falha.
+
+        Argumentos:
+            error (Exception): a causa.
+        """
+        if self.socket is None:
+            return
+        loop.remove_reader(self.socket)
+        loop.remove_writer(self.socket)
+        self.connection.disconnect()
+        self.socket, self.is_tracked, self.is_blocked = None, False, False
+        self.up.clear()
+        self.outgoing.clear()
+        self.incoming, self.missing = [], 1
+        waiting, self.pending = self.pending, collections.deque()
+        kind = redis.TimeoutError if isinstance(error, redis.TimeoutError) else redis.ConnectionError
+        for each in waiting:
+            if not each.future.done():
+                each.future.set_exception(kind(str(error)))
+        self.lost.set_result(error)
+
+    def send(self, *commands):
+        """Põe comandos na fila de saída; saem juntos com os que outros pedirem neste giro do laço.
+
+        Argumentos:
+            commands (tuple | bytes): as palavras de cada comando, ou ele já escrito por pack_command.
+        Retorna:
+            asyncio.Future: dará a lista das respostas, com os erros do Redis no lugar das suas;
+            levanta redis.ConnectionError ou redis.TimeoutError se a conexão falhar: não se sabe
+            então quais comandos rodaram.
+        """
+        future = loop.create_future()
+        if self.socket is None:
+            future.set_exception(redis.ConnectionError("a conexão não está aberta"))
+            return future
+        if not self.outgoing:
+            loop.call_soon(self.flush)
+        for command in commands:
+            self.outgoing += command if isinstance(command, bytes) else pack_command(*command)
+        self.pending.append(exchange(future, len(commands), [], loop.time()))
+        return future
+
+    def flush(self):
+        """Entrega ao sistema o que houver na fila de saída; o que não couber espera que caiba."""
+        if not self.outgoing:
+            return
+        try:
+            sent = self.socket.send(self.outgoing)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            sent = 0
+        except OSError as error:
+            self.lose(error)
+            return
+        del self.outgoing[:sent]
+        if self.outgoing and not self.is_blocked:
+            loop.add_writer(self.socket, self.flush)
+        elif self.is_blocked:
+            # Um envio longo que avança não é um Redis mudo.
+            self.moved_at = loop.time() if sent else self.moved_at
+            if not self.outgoing:
+                loop.remove_writer(self.socket)
+        self.is_blocked = bool(self.outgoing)
+
+    def receive(self):
+        """Lê o que chegou e o distribui: respostas a quem pediu, avisos aos streams."""
+        try:
+            # O TLS guarda registros já decifrados, de que o epoll não sabe.
+            while data := self.socket.recv(receive_size):
+                self.incoming.append(data)
+                self.missing -= len(data)
+                if len(data) < receive_size and not getattr(self.socket, "pending", int)():
+                    break
+            else:
+                raise redis.ConnectionError("conexão fechada pelo servidor")
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+        except (OSError, redis.ConnectionError) as error:
+            self.lose(error)
+            return
+        if self.missing > 0:
+            # Uma linha de muitos MB chega em milhares de pedaços: juntá-los um a um custaria o
+            # quadrado do tamanho.
+            self.moved_at = loop.time()
+            return
+        try:
+            self.distribute(b"".join(self.incoming))
+        except (ValueError, IndexError, RecursionError, redis.InvalidResponse):
+            self.lose(redis.ConnectionError("resposta fora do protocolo"))
+
+    def distribute(self, data):
+        """Interpreta o que chegou inteiro e guarda o resto.
+
+        Argumentos:
+            data (bytes): um ou mais começos de resposta, do começo de uma.
+        Levanta:
+            ValueError, IndexError, redis.InvalidResponse: se não é do protocolo, ou se ninguém perguntou.
+        """
+        position, self.missing = 0, 1
+        while position < len(data):
+            reply, end = parse_reply(data, position)
+            if end < 0:
+                self.missing = -end
+                break
+            is_push, position = data[position] == ord(">"), end
+            if is_push:
+                if reply[0] == b"invalidate":
+                    # FLUSHALL e FLUSHDB avisam sem nomear chaves.
+                    hear_changes(list(names) if reply[1] is None else reply[1])
+                continue
+            first = self.pending[0]
+            first.replies.append(reply)
+            if isinstance(reply, redis.ResponseError) and self.up.is_set() and is_passing(reply):
+                self.incoming = []
+                self.lose(reply)
+                return
+            if len(first.replies) == first.count:
+                self.pending.popleft()
+                if meter is not None:
+                    meter.round(first)
+                if not first.future.done():
+                    first.future.set_result(first.replies)
+        self.incoming = [data[position:]] if position < len(data) else []
+
+    async def insist(self, *commands):
+        """Envia comandos que podem ser repetidos, até que uma conexão lhes dê as respostas.
+
+        Argumentos:
+            commands (tuple | bytes): como em send.
+        Retorna:
+            list: as respostas, com os erros do Redis no lugar das suas.
+        """
+        while True:
+            await self.up.wait()
+            with contextlib.suppress(*redis_failures):
+                return await self.send(*commands)
+
+    async def ready(self):
+        """Espera a conexão de que uma requisição precisa; se caiu, apressa a próxima tentativa.
+
+        Levanta:
+            redis.RedisError, OSError: se o Redis está fora do ar.
+        """
+        if self.up.is_set():
+            return
+        self.hurry.set()
+        await asyncio.wait([self.attempt], timeout=down_patience if self.is_down else redis_timeout)
+        if not self.up.is_set():
+            raise redis.ConnectionError("o Redis está fora do ar")
+
+
+def pack_words(*words):
+    """Escreve palavras no protocolo do Redis.
+
+    Argumentos:
+        words (bytes | str | int): palavras de um comando.
+    Retorna:
+        bytes: cada palavra com seu tamanho.
+    """
+    words = [word if isinstance(word, bytes) else str(word).encode() for word in words]
+    return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
+
+
+def pack_command(*words):
+    """Escreve um comando no protocolo do Redis.
+
+    Argumentos:
+        words (bytes | str | int): o comando e seus argumentos.
+    Retorna:
+        bytes: o comando.
+    """
+    return b"*%d\r\n%b" % (len(words), pack_words(*words))
+
+
+def parse_reply(data, start):
+    """Lê uma resposta ou um aviso do protocolo do Redis (RESP3).
+
+    Argumentos:
+        data (bytes): o que chegou da conexão.
+        start (int): posição do começo da resposta.
+    Retorna:
+        tuple: (resposta, posição do fim); se ainda não chegou inteira, (None, o
+        mínimo de bytes que faltam, negativo). Um erro do Redis é uma resposta do
+        tipo redis.ResponseError; um mapa, a lista de suas chaves e valores.
+    Levanta:
+        redis.InvalidResponse, ValueError: se os bytes não são do protocolo.
+    """
+    end = data.find(b"\r\n", start)
+    if end < 0:
+        return None, -1
+    mark, text, position = data[start:start + 1], data[start + 1:end], end + 2
+    if mark == b"$":
+        end = position + int(text)
+        if end < position:
+            return None, position
+        missing = end + 2 - len(data)
+        return (None, -missing) if missing > 0 else (data[position:end], end + 2)
+    if mark == b":":
+        return int(text), position
+    if mark in b"+,#(":
+        # Texto; os números e booleanos do RESP3, que nenhum dos nossos comandos devolve.
+        return text, position
+    if mark == b"-":
+        return redis.ResponseError(text.decode("utf-8", "replace")), position
+    if mark == b"_":
+        return None, position
+    if mark not in b"*>%":
+        raise redis.InvalidResponse(f"resposta fora do protocolo: {mark!r}")
+    size, items = int(text), []
+    if size < 0:
+        return None, position
+    for _ in range(2 * size if mark == b"%" else size):
+        item, position = parse_reply(data, position)
+        if position < 0:
+            return None, position
+        items.append(item)
+    return items, position
+
+
+def first_error(replies):
+    """Procura um erro entre respostas do Redis.
+
+    Argumentos:
+        replies (list): respostas de redis_link.send, ou de dentro de um EXEC.
+    Retorna:
+        redis.ResponseError: o primeiro erro, ou None.
+    """
+    return next((reply for reply in replies if isinstance(reply, redis.ResponseError)), None)
+
+
+def redis_words(error):
+    """Dá as palavras de um erro do Redis, sem argumentos nem a linha do script.
+
+    Argumentos:
+        error (Exception): erro do redis-py.
+    Retorna:
+        str: as palavras do Redis.
+    """
+    # O Redis 6 as põe no começo; o 7 e os seguintes, no fim.
+    words = re.sub(r"^(ERR )?Error running script \(call to \w+\): @user_script: ?\d+: ", "", str(error))
+    # Um comando desligado traz os argumentos: a senha, no AUTH; o pedido do cliente, no SET.
+    words = re.sub(r"(?s),?\s+with\s+args\s+beginning\s+with:.*", "", words)
+    return re.sub(r",? ?script: \w+, on @user_script:\d+\.?$", "", words)
+
+
+def is_passing(error):
+    """Diz se uma recusa é do estado do servidor, e não do comando: outra conexão pode ser atendida.
+
+    Argumentos:
+        error (redis.ResponseError): a recusa.
+    Retorna:
+        bool: verdadeiro se é como se o Redis estivesse fora do ar.
+    """
+    words = redis_words(error)
+    return words.lstrip("-").partition(" ")[0] in passing_codes or (words.startswith("NOPERM") and "'evalsha" in words)
+
+
+async def redis_ping():
+    """Testa o Redis com o comando PING.
+
+    Retorna:
+        bool: verdadeiro se o Redis respondeu PONG.
+    """
+    # Uma conexão que o Redis fechou enquanto dormia não prova que ele caiu: vale uma segunda
+    # tentativa. Já o silêncio prova.
+    for _ in range(2):
+        try:
+            await link.ready()
+            answer, = await link.send(("PING",))
+        except redis.ConnectionError:
+            continue
+        except (redis.RedisError, OSError):
+            return False
+        if answer != b"PONG":
+            warn_rarely(f"o Redis recusou o PING: {reason(answer)}")
+        return answer == b"PONG"
+    return False
+
+
+# =============================================================================
+# Tarefas e linhas
+# =============================================================================
+
+end_words = frozenset((b"EOF", b"EOL", b"END-OF-FILE", b"END-OF-LIST"))
+line_breaks = bytes.maketrans(b"\r\n", b"  ")
+# Uma vírgula com que o servidor HTTP juntou dois cabeçalhos Cookie (RFC 9113, 8.2.3).
+cookie_joint = re.compile(r",\s*(?=[!#$%&'*+.^_`|~0-9A-Za-z-]+=)")
+
+
+def normalize_line(element):
+    """Faz de um elemento da lista exatamente uma linha.
+
+    Argumentos:
+        element (bytes): elemento como o worker o empurrou.
+    Retorna:
+        bytes: UTF-8 válido, sem CR, LF, U+0085, U+2028 nem U+2029; sem o LF final.
+    """
+    if b"\n" in element or b"\r" in element:
+        element = element.translate(line_breaks)
+    if element.isascii():
+        return element
+    text = element.decode("utf-8", "replace")
+    # Leitores que usam splitlines() quebrariam a linha nestes três.
+    text = text.replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return text.encode("utf-8")
+
+
+def join_lines(elements):
+    """Transforma elementos da lista no trecho de bytes que vai ao cliente.
+
+    Argumentos:
+        elements (list[bytes]): elementos, na ordem em que foram empurrados.
+    Retorna:
+        tuple: (bytes com as linhas terminadas em LF; número de linhas; número de elementos
+        em branco, pulados; verdadeiro se uma palavra de fim foi encontrada).
+    """
+    lines, skipped = [], 0
+    for element in elements:
+        if len(element) < 16 and element.strip() in end_words:
+            return b"".join(lines), len(lines), skipped, True
+        if element and not element.isspace():
+            lines.append(normalize_line(element) + b"\n")
+        else:
+            skipped += 1
+    return b"".join(lines), len(lines), skipped, False
+
+
+def error_line(code, message=""):
+    """Monta uma linha de erro, do streaming ou de antes dele.
+
+    Argumentos:
+        code (str): código do erro, para programas.
+        message (str): frase em português, para pessoas; vazia é omitida.
+    Retorna:
+        bytes: objeto JSON com error e message, terminado em LF.
+    """
+    content = {"error": code, "message": message} if message else {"error": code}
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+
+
+def request_target(environ):
+    """Separa caminho e consulta como o cliente os enviou, sem decodificar.
+
+    Argumentos:
+        environ (dict): ambiente WSGI; REQUEST_URI traz o alvo da linha de requisição em latin-1.
+    Retorna:
+        tuple: (caminho, consulta sem o "?"), dois str.
+    """
+    target = environ["REQUEST_URI"]
+    if not target.startswith("/") and "://" in target:
+        # Forma absoluta (RFC 9112, 3.2.2), enviada por quem fala com um proxy.
+        target = re.sub(r"^[^/?#]*/?", "/", target.partition("://")[2])
+    try:
+        target = target.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        target = urllib.parse.quote(target, safe="%/?#[]@!$&'()*+,;=:~", encoding="latin-1", errors="replace")
+    path, _, query = target.partition("#")[0].partition("?")
+    return path, query
+
+
+def forwarded_address(text):
+    """Lê um elemento de X-Forwarded-For.
+
+    Argumentos:
+        text (str): IPv4 ou IPv6, este talvez entre colchetes, com ou sem porta.
+    Retorna:
+        str: o endereço na forma canônica, sem porta nem zona; "" se não é um endereço.
+    """
+    text = text.strip()
+    parts = re.fullmatch(r"(?:\[([^\[\]]*)\]|([0-9.]+))(?::[0-9]{1,5})?", text)
+    try:
+        address = ipaddress.ip_address((parts[1] or parts[2]) if parts else text)
+    except ValueError:
+        return ""
+    # A zona de um IPv6 aceita qualquer letra e só faz sentido na máquina de quem a deu.
+    return str(getattr(address, "ipv4_mapped", None) or address).partition("%")[0]
+
+
+def client_address(environ):
+    """Descobre o endereço do cliente.
+
+    Cada proxy reverso acrescenta à direita de X-Forwarded-For quem se conectou a ele;
+    o que está à esquerda dos confiáveis foi escrito por quem quis.
+
+    Argumentos:
+        environ (dict): ambiente WSGI, que junta com vírgula as linhas do cabeçalho.
+    Retorna:
+        str: o endereço a TRUST_PROXY elementos da direita, ou o mais à esquerda se são
+        menos; o de quem se conectou se TRUST_PROXY é 0 ou se não é um endereço.
+    """
+    direct = environ.get("REMOTE_ADDR", "-")
+    if not TRUST_PROXY:
+        return direct
+    hops = environ.get("HTTP_X_FORWARDED_FOR", "").rsplit(",", TRUST_PROXY)
+    return forwarded_address(hops[-min(TRUST_PROXY, len(hops))]) or direct
+
+
+def task_headers(request):
+    """Reúne os cabeçalhos que vão para o Redis.
+
+    Argumentos:
+        request (flask.Request): requisição.
+    Retorna:
+        dict: nome -> valor, sem os de HEADERS_EXCLUDE; o WSGI os entrega em latin-1.
+    """
+    headers = {}
+    for name, value in request.headers.items():
+        if name.lower() in HEADERS_EXCLUDE:
+            continue
+        headers[name] = cookie_joint.sub("; ", value) if name == "Cookie" else value
+        with contextlib.suppress(UnicodeError):
+            headers[name] = headers[name].encode("latin-1").decode("utf-8")
+    return headers
+
+
+class task:
+    """O pedido de um cliente: o que o worker lê e o que o log diz dele."""
+
+    __slots__ = ("client", "is_chunked", "key", "list", "method", "name", "path", "payload", "started", "taken")
+
+    def __init__(self, request, body):
+        """Compõe a tarefa de uma requisição.
+
+        Argumentos:
+            request (flask.Request): requisição.
+            body (bytes): corpo como veio.
+        """
+        self.name = str(uuid.uuid4())
+        # As chaves da tarefa, das linhas por tirar e das últimas tiradas.
+        self.key = (REDIS_PREFIX + self.name).encode()
+        self.list = (REDIS_LIST_PREFIX + self.name).encode()
+        self.taken = self.list + b":taken"
+        self.client, self.method = client_address(request.environ), request.method
+        path, query = request_target(request.environ)
+        # Acima de 48 KiB o journald parte a linha em duas.
+        self.path = path[:200]
+        self.started = time.monotonic()
+        self.is_chunked = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+        content = {
+            "task_name": self.name,
+            "request_time": time.time(),
+            "headers": task_headers(request),
+            "body": "",
+            "task_key": self.key.decode(),
+            "task_list": self.list.decode(),
+            "method": self.method,
+            "path": path,
+            "query": query,
+            "remote_addr": self.client,
+        }
+        try:
+            content["body"] = body.decode("utf-8")
+        except UnicodeDecodeError:
+            content |= {"body": base64.b64encode(body).decode("ascii"), "body_encoding": "base64"}
+        # O JSON da tarefa, que o stream larga assim que o Redis o recebe.
+        self.payload = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+
+
+# =============================================================================
+# Streams: o laço da especificação
+# =============================================================================
+
+# Motivos do fim de um streaming, como aparecem no log.
+ended_done = "concluida"
+ended_word = "eof"
+ended_timeout = "timeout"
+ended_client = "cliente"
+ended_shutdown = "shutdown"
+ended_error = "erro"
+end_reasons = (ended_done, ended_word, ended_timeout, ended_client, ended_shutdown, ended_error)
+
+# Tempo máximo, em segundos, de um cliente que não lê nada do que lhe foi enviado.
+client_timeout = 60.0
+# Tempo, em segundos, que um cliente já servido tem para fechar: fechar antes dele, com
+# bytes seus por ler, apagaria o fim da resposta ainda a caminho (RST).
+closing_patience = 1.0
+# Tempo, em segundos, que a última consulta tem depois que MAXTIME se esgota.
+last_take_patience = 0.5
+last_chunk = b"0\r\n\r\n"
+
+# Os streams que ocupam um lugar, na ordem do rodízio da rede; a chave e a lista de cada um
+# que já foi ao Redis; e as corrotinas, que o asyncio só referencia fracamente.
+live = {}
+names = {}
+runners = {}
+# Tarefas encerradas cujas chaves falta apagar: além do limite, a validade das chaves faz o serviço.
+removals = collections.deque(maxlen=10000)
+has_removals = asyncio.Event()
+# Nomes de que o Redis falou e que não são de um stream vivo: talvez listas sem dono.
+strangers = set()
+most_strangers = 10000
+
+
+class gate:
+    """Quem pode entrar: o limite de streams, quantos já acabaram, e se o serviço está parando."""
+
+    limit = 0
+    served = 0
+    is_closed = False
+
+
+class refusal(Exception):
+    """Recusa de uma requisição antes do streaming: status, código e frase da resposta."""
+
+    def __init__(self, status, code, message):
+        """Guarda a resposta.
+
+        Argumentos:
+            status (int): status HTTP.
+            code (str): código do erro, para programas.
+            message (str): frase em português, para pessoas.
+        """
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+
+
+class task_key_error(Exception):
+    """A chave da tarefa foi trocada por algo que não é string nem lista."""
+
+
+class client(asyncio.Protocol):
+    """O socket de um cliente: o que saiu por ele, e a notícia de que ele se foi."""
+
+    __slots__ = ("bytes", "first_at", "is_chunked", "lines", "room", "sent_at", "skipped", "stream", "transport")
+
+    def __init__(self, stream):
+        """Começa sem socket.
+
+        Argumentos:
+            stream (stream): dono, que será avisado quando o cliente sair.
+        """
+        self.stream, self.is_chunked = stream, stream.task.is_chunked
+        # O transporte do asyncio, depois da entrega.
+        self.transport = None
+        # Futuro à espera de que o cliente leia, ou se vá; None se cabe mais.
+        self.room = None
+        # O que o log conta, quando saiu a primeira linha e o que quer que seja por último.
+        self.lines = self.bytes = self.skipped = 0
+        self.first_at, self.sent_at = None, stream.task.started
+
+    def connection_made(self, transport):
+        """Recebe o socket.
+
+        Argumentos:
+            transport (asyncio.Transport): o socket, agora do laço.
+        """
+        self.transport = transport
+
+    def eof_received(self):
+        """Encerra o stream: quem fecha o seu lado de envio conta como quem saiu."""
+        self.stream.end(ended_client)
+
+    def connection_lost(self, error):
+        """Encerra o stream de um cliente que saiu.
+
+        Argumentos:
+            error (Exception): a causa, ou None.
+        """
+        self.resume_writing()
+        self.stream.end(ended_client)
+
+    def pause_writing(self):
+        """Para o stream: o cliente não lê, e o que ele não leu fica no Redis."""
+        self.room = loop.create_future()
+
+    def resume_writing(self):
+        """Deixa o stream continuar."""
+        if self.room is not None and not self.room.done():
+            self.room.set_result(None)
+        self.room = None
+
+    def count(self, chunk, lines, skipped=0, is_ours=False):
+        """Anota o que vai ser enviado.
+
+        Argumentos:
+            chunk (bytes): trecho com linhas inteiras.
+            lines (int): número de linhas do trecho.
+            skipped (int): elementos em branco, que não vão.
+            is_ours (bool): verdadeiro se não vem do worker: é a linha de um erro.
+        """
+        self.skipped += skipped
+        if not lines:
+            return
+        self.lines += lines
+        self.bytes += len(chunk)
+        if meter is not None:
+            meter.lines.inc(lines)
+            meter.bytes.inc(len(chunk))
+        if self.first_at is None:
+            self.first_at = loop.time()
+            if meter is not None and not is_ours:
+                meter.first_line.observe(self.first_at - self.stream.task.started)
+
+    def frame(self, chunk):
+        """Dá a um trecho a forma em que ele vai no socket.
+
+        Argumentos:
+            chunk (bytes): linhas inteiras; vazio não é nada, pois um chunk vazio é o último.
+        Retorna:
+            bytes: o trecho, com o tamanho à frente em HTTP/1.1, cuja resposta vai em chunks.
+        """
+        return b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunk and self.is_chunked else chunk
+
+    async def send(self, chunk):
+        """Envia linhas e espera que o cliente as leia, se já há muitas por ler.
+
+        Argumentos:
+            chunk (bytes): linhas inteiras.
+        """
+        self.transport.write(self.frame(chunk))
+        while self.room is not None:
+            left = self.transport.get_write_buffer_size()
+            await asyncio.wait([self.room], timeout=client_timeout)
+            if self.room is not None and self.transport.get_write_buffer_size() == left:
+                self.transport.abort()
+        self.sent_at = loop.time()
+
+    async def finish(self, tail):
+        """Envia o fim da resposta e fecha a conexão, quando o cliente o tiver lido.
+
+        Argumentos:
+            tail (bytes): últimas linhas.
+        """
+        # De uma vez: dois envios acordariam o cliente duas vezes.
+        self.transport.write(self.frame(tail) + (last_chunk if self.is_chunked else b""))
+        with contextlib.suppress(OSError):
+            self.transport.write_eof()
+        while not self.transport.is_closing():
+            left = self.transport.get_write_buffer_size()
+            self.room = loop.create_future()
+            await asyncio.wait([self.room], timeout=client_timeout if left else closing_patience)
+            if self.transport.get_write_buffer_size() == left:
+                self.transport.abort()
+
+
+class stream:
+    """A resposta de um cliente, da submissão da tarefa ao fim do streaming."""
+
+    __slots__ = ("accepted", "client", "handed", "is_late", "is_noticed", "last_line", "reason", "runner", "sequence",
+                 "tail", "task", "timer", "waiter")
+
+    def __init__(self, task):
+        """Prepara o stream, na thread da requisição.
+
+        Argumentos:
+            task (task): a tarefa do cliente.
+        """
+        self.task = task
+        self.client = client(self)
+        # O que a thread espera: a aceitação da tarefa, ou uma refusal.
+        self.accepted = concurrent.futures.Future()
+        # O que a corrotina espera da thread: o socket e o cabeçalho da resposta.
+        self.handed = None
+        # A corrotina; por que ela acaba; as últimas linhas, ainda por enviar.
+        self.runner, self.reason, self.tail = None, None, b""
+        # Número da próxima retirada, que a torna repetível.
+        self.sequence = 1
+        # O Redis avisou depois da última retirada; o futuro que o aviso acorda.
+        self.is_noticed, self.waiter = False, None
+        # O próximo prazo, se MAXTIME já se esgotou, e de quando ele conta.
+        self.timer, self.is_late, self.last_line = None, False, task.started
+
+    # -- chamados no laço, por quem submete, entrega, avisa ou encerra ---------
+
+    def begin(self):
+        """Começa a corrotina do stream."""
+        self.handed = loop.create_future()
+        self.runner = loop.create_task(self.run())
+        runners[self.runner] = self
+        self.runner.add_done_callback(runners.pop)
+
+    def adopt(self, connection, head):
+        """Recebe o socket da thread, que o esquece.
+
+        Argumentos:
+            connection (socket.socket): socket do cliente; None se a thread não pôde entregá-lo.
+            head (bytes): cabeçalho da resposta.
+        """
+        if connection is None:
+            self.handed.set_exception(ConnectionAbortedError("o socket não foi entregue"))
+        else:
+            self.handed.set_result((connection, head))
+
+    def wake(self):
+        """Diz que pode haver o que tirar do Redis."""
+        self.is_noticed = True
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def end(self, reason):
+        """Encerra o stream de fora; antes da entrega do socket, só quando ele chegar.
+
+        Argumentos:
+            reason (str): motivo do fim.
+        """
+        if self.reason is None:
+            self.reason = reason
+            if self.client.transport is not None:
+                self.runner.cancel()
+
+    def tick(self):
+        """Cuida dos prazos, que correm seja o que for que a corrotina espere: HEARTBEAT e MAXTIME."""
+        now = loop.time()
+        if self.client.room is not None:
+            # Um cliente lento não faz vencer o prazo de linhas que já estão na lista.
+            self.last_line = self.client.sent_at = now
+        due = self.last_line + MAXTIME / 1000
+        if now >= due:
+            if self.is_late or not link.up.is_set():
+                self.end(ended_timeout)
+                return
+            # Um processo que esteve parado pode ter a linha à espera: uma última consulta, com prazo.
+            self.is_late, due = True, now + last_take_patience
+            self.wake()
+        elif HEARTBEAT:
+            if now >= self.client.sent_at + HEARTBEAT / 1000:
+                self.client.transport.write(self.client.frame(HEARTBEAT_LINE + b"\n"))
+                self.client.sent_at = now
+            due = min(due, self.client.sent_at + HEARTBEAT / 1000)
+        self.timer = loop.call_at(due, self.tick)
+
+    # -- a corrotina -------------------------------------------------------------
+
+    async def run(self):
+        """Atende o cliente até o fim, venha ele de onde vier; é aqui que toda tarefa acaba."""
+        try:
+            await self.submit()
+            connection, head = await self.handed
+            await loop.connect_accepted_socket(lambda: self.client, connection)
+            self.client.transport.write(head)
+            self.tick()
+            if self.reason is None:
+                self.reason = await self.relay()
+        except asyncio.CancelledError:
+            # Quem cancelou já disse o motivo, em end.
+            pass
+        except OSError:
+            self.reason = ended_client
+        except refusal as error:
+            self.reason = ended_error
+            self.accepted.set_exception(error)
+        except Exception as error:
+            self.reason, self.tail = ended_error, self.explain(error)
+            if not self.accepted.done():
+                self.accepted.set_exception(error)
+        finally:
+            self.leave()
+        if self.client.transport is not None:
+            if self.reason == ended_client:
+                self.client.transport.abort()
+            else:
+                await self.client.finish(self.tail)
+
+    async def submit(self):
+        """Grava e publica a tarefa, e diz à thread que ela foi aceita.
+
+        Levanta:
+            refusal: se não há lugar, ou se o Redis não atende ou recusa.
+        """
+        if gate.is_closed:
+            raise refusal(503, "shutdown", "o serviço está parando")
+        if len(live) >= gate.limit:
+            limit = plural(gate.limit, "stream simultâneo", "streams simultâneos")
+            raise refusal(503, "too_many_streams", f"o limite de {limit} foi atingido")
+        live[self] = None
+        unavailable = refusal(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
+        if not await redis_ping():
+            raise unavailable
+        key = self.task.key
+        # Antes da gravação: um worker veloz já empurra enquanto a resposta dela volta.
+        names[key] = names[self.task.list] = self
+        queued = [("RPUSH", REDIS_QUEUE, key)] if REDIS_QUEUE else []
+        try:
+            # Uma transação: se o SET for recusado, nada é publicado nem entra na fila.
+            replies = await link.send(("MULTI",), ("SET", key, self.task.payload, "EX", REDIS_TTL), *queued,
+                                      ("PUBLISH", REDIS_CHANNEL, key), ("EXEC",))
+        except redis_failures:
+            raise unavailable from None
+        self.task.payload = b""
+        # Dentro da transação, só a fila pode falhar: não é uma lista.
+        error = first_error(replies) or first_error(replies[-1])
+        if error is not None:
+            warn_rarely(f"o Redis recusou uma tarefa: {redis_words(error)}")
+            raise refusal(500, "redis_error", f"o Redis recusou a tarefa: {redis_words(error)}")
+        if replies[-1][-1] == 0 and not REDIS_QUEUE:
+            log.warning("tarefa=%s ninguém ouve o canal %s: a tarefa espera por um worker", self.task.name, REDIS_CHANNEL)
+            if meter is not None:
+                meter.unheard.inc()
+        self.accepted.set_result(None)
+
+    async def relay(self):
+        """Tira as linhas do Redis e as envia, até o fim: o laço da especificação.
+
+        Retorna:
+            str: motivo do fim; as últimas linhas ficam em tail.
+        Levanta:
+            redis.ResponseError, task_key_error: se o Redis recusa a consulta ou a chave não serve.
+        """
+        while True:
+            if not self.is_noticed:
+                self.waiter = loop.create_future()
+                await self.waiter
+            self.is_noticed = False
+            kind, elements = await self.take()
+            if elements:
+                self.sequence += 1
+                chunk, lines, skipped, is_word = join_lines(elements)
+                self.client.count(chunk, lines, skipped)
+                if is_word or kind == b"none":
+                    self.tail = chunk
+                    return ended_word if is_word else ended_done
+                if chunk:
+                    await self.client.send(chunk)
+                self.is_late, self.last_line = False, loop.time()
+                if PAUSE:
+                    await asyncio.sleep(PAUSE / 1000)
+                self.is_noticed = True
+            elif kind == b"none":
+                return ended_done
+            elif kind not in (b"string", b"list"):
+                raise task_key_error(
+                    f"a chave da tarefa foi trocada por um valor do tipo {kind.decode()}: só se aceita uma lista")
+            elif self.is_late:
+                return ended_timeout
+
+    async def take(self):
+        """Tira as próximas linhas e vê, no mesmo passo, se a chave da tarefa existe.
+
+        Retorna:
+            tuple: (tipo da chave em bytes, none se ela e as linhas acabaram; lista de elementos).
+        Levanta:
+            redis.ResponseError: se o Redis recusa.
+        """
+        key, most = self.task.key, 1 if PAUSE else take_lines
+        while True:
+            # Uma queda pode trocar o começo: o comando é escrito de novo a cada tentativa.
+            await link.up.wait()
+            if not link.take_head:
+                break
+            command = b"*10\r\n" + link.take_head + pack_words(
+                key, self.task.list, self.task.taken, self.sequence, most, take_bytes, REDIS_TTL)
+            with contextlib.suppress(*redis_failures):
+                reply, = await link.send(command)
+                if isinstance(reply, Exception):
+                    raise reply
+                return reply
+        for source in (self.task.list, key):
+            *_, reply = await link.insist(("MULTI",), ("TYPE", key), ("LPOP", source), ("EXEC",))
+            if error := first_error([reply]) or first_error(reply):
+                raise error
+            kind, line = reply
+            if line is not None:
+                # Só a próxima consulta dirá se a lista se esvaziou.
+                return b"more", [line]
+            if kind != b"list":
+                break
+        return kind, []
+
+    def explain(self, error):
+        """Registra um fim por erro e o escreve para o cliente.
+
+        Argumentos:
+            error (Exception): recusa do Redis, chave que não serve ou defeito nosso.
+        Retorna:
+            bytes: a última linha.
+        """
+        if isinstance(error, task_key_error | redis.ResponseError):
+            message = str(error)
+            if not isinstance(error, task_key_error):
+                message = f"o Redis recusou a consulta: {redis_words(error)}"
+            log.warning("tarefa=%s %s", self.task.name, message)
+            return error_line("redis_error", message)
+        log.error("tarefa=%s falha interna: %s: %s", self.task.name, type(error).__name__, error)
+        log.debug("tarefa=%s falha interna", self.task.name, exc_info=True)
+        return error_line("internal", "falha interna do proxy")
+
+    def leave(self):
+        """Devolve o lugar, manda apagar as chaves, conta a última linha e registra o fim."""
+        if self.timer is not None:
+            self.timer.cancel()
+        live.pop(self, None)
+        task, counts = self.task, self.client
+        if names.pop(task.key, None) is None:
+            return
+        del names[task.list]
+        removals.append(task)
+        has_removals.set()
+        gate.served += 1
+        if self.reason in (ended_timeout, ended_shutdown):
+            self.tail = MAXTIME_ERROR + b"\n" if self.reason == ended_timeout else error_line("shutdown")
+        if self.reason in (ended_timeout, ended_shutdown, ended_error):
+            counts.count(self.tail, len(self.tail) > 0, is_ours=True)
+        now = loop.time()
+        if meter is not None and self.accepted.done() and self.accepted.exception() is None:
+            meter.ends[self.reason].inc()
+            meter.duration.observe(now - task.started)
+        log.info(
+            "tarefa=%s cliente=%s metodo=%s caminho=%s fim=%s linhas=%d bytes=%d puladas=%d primeira_ms=%s duracao_ms=%d",
+            task.name, task.client, task.method, task.path, self.reason, counts.lines, counts.bytes, counts.skipped,
+            "-" if counts.first_at is None else round((counts.first_at - task.started) * 1000),
+            round((now - task.started) * 1000),
+        )
+
+
+def hear_changes(keys):
+    """Acorda os streams de que falam os avisos do Redis.
+
+    Argumentos:
+        keys (list[bytes]): chaves que mudaram, nossas, já encerradas ou de outro proxy no mesmo Redis.
+    """
+    for key in keys:
+        stream = names.get(key)
+        if stream is not None:
+            stream.wake()
+        elif len(strangers) < most_strangers and not key.endswith(b":taken"):
+            strangers.add(key)
+
+
+# =============================================================================
+# Deveres do laço, cada um uma corrotina
+# =============================================================================
+
+# Com avisos, quantos streams a rede examina a cada INTERVAL; sem eles, todos.
+net_size = 1
+# Streams ou chaves de um só comando ou grupo: mais seguraria o Redis e os outros.
+slice_size = 500
+# Informe ao systemd, em segundos (WatchdogSec é 30); exame das listas sem dono e dos prazos das requisições.
+status_interval = 5.0
+strangers_interval = 5.0
+sweep_interval = 0.25
+# Espera, em segundos, para pedir de novo que se apaguem as chaves que o Redis recusou apagar.
+removal_retry = 2.0
+# Passo, em segundos, da procura pelo que ficou de proxies mortos, e o que se olha em um passo.
+dead_pause = 0.02
+dead_keys = 1000
+dead_queued = 200
+# As corrotinas dos deveres, que o asyncio só referencia fracamente.
+duties = set()
+
+
+def take_up(duty):
+    """Põe um dever a rodar; um defeito nosso é registrado, e ele recomeça.
+
+    Argumentos:
+        duty (callable): função sem argumentos que devolve a corrotina.
+    """
+    async def keep_doing():
+        """Roda o dever até que ele acabe por si."""
+        while True:
+            try:
+                return await duty()
+            except Exception as error:
+                log.error("falha interna em %s: %s: %s", duty.__name__, type(error).__name__, error)
+                log.debug("falha interna", exc_info=True)
+                await asyncio.sleep(1)
+
+    duties.add(made := loop.create_task(keep_doing()))
+    made.add_done_callback(duties.discard)
+
+
+def slices(items):
+    """Divide uma coleção em fatias.
+
+    Argumentos:
+        items (iterable): o que dividir; copiado antes, pois pode mudar enquanto se espera.
+    Retorna:
+        list[list]: fatias de até slice_size itens.
+    """
+    items = list(items)
+    return [items[start:start + slice_size] for start in range(0, len(items), slice_size)]
+
+
+async def keep_link():
+    """Mantém a conexão com o Redis: prova que ela vive, percebe a queda e a reabre."""
+    failures, ping_at = 0, loop.time() + idle_ping
+    while True:
+        while not link.lost.done():
+            await asyncio.wait([link.lost], timeout=redis_timeout / 4)
+            now = loop.time()
+            if now >= ping_at:
+                ping_at = now + idle_ping
+                link.send(("PING",))
+            if link.pending and now > max(link.pending[0].sent_at, link.moved_at) + redis_timeout:
+                link.lose(redis.TimeoutError("sem resposta do Redis"))
+        tell_down(link.lost.result())
+        while not link.up.is_set():
+            link.hurry.clear()
+            if failures:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(link.hurry.wait(), min(1.0, 0.05 * 2 ** min(failures, 6)))
+            try:
+                await link.open()
+            except (redis.RedisError, OSError, RuntimeError) as error:
+                failures += 1
+                tell_down(error)
+            attempt, link.attempt = link.attempt, loop.create_future()
+            attempt.set_result(None)
+        link.is_down, link.returns = False, link.returns + 1
+        log.info("Redis de volta")
+        tell_systemd()
+        take_up(catch_up)
+        # Uma recusa que dura seria achada de novo logo depois de reabrir.
+        await asyncio.wait([link.lost], timeout=1.0)
+        failures = failures + 1 if link.lost.done() else 0
+
+
+def tell_down(error):
+    """Registra a queda da conexão, e a causa se ela muda para uma recusa.
+
+    Argumentos:
+        error (Exception): a causa.
+    """
+    words = reason(error)
+    if not link.is_down:
+        link.is_down, link.cuts = True, link.cuts + 1
+        log.warning("Redis fora do ar: %s", words)
+        tell_systemd()
+    elif isinstance(error, redis.ResponseError | redis.AuthenticationError | redis.BusyLoadingError):
+        # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
+        warn_rarely(f"Redis ainda fora do ar: {words}")
+
+
+async def examine(part):
+    """Acorda os streams que têm o que buscar: linha na lista, tarefa apagada ou trocada por uma lista.
+
+    Argumentos:
+        part (list[stream]): streams a examinar.
+    """
+    tasks = [each.task for each in part]
+    replies = await link.insist(*[word for task in tasks for word in (("TYPE", task.key), ("EXISTS", task.list))])
+    for each, kind, lines in zip(part, replies[::2], replies[1::2], strict=True):
+        if kind != b"string" or lines != 0:
+            each.wake()
+
+
+async def cast_net():
+    """Procura, a cada INTERVAL, o que nenhum aviso disse: alguns streams em rodízio, ou todos se não há avisos."""
+    while True:
+        due = loop.time() + INTERVAL / 1000
+        await asyncio.sleep(INTERVAL / 1000)
+        if meter is not None:
+            meter.lag.observe(max(0.0, loop.time() - due))
+        part = list(itertools.islice(live, net_size if link.is_tracked else None))
+        for each in part:
+            live[each] = live.pop(each)
+        for some in slices(part):
+            await examine(some)
+
+
+async def renew_keys():
+    """Renova a validade das chaves dos streams vivos, que sobrevive a este processo."""
+    while True:
+        await asyncio.sleep(REDIS_TTL / 3)
+        for part in slices(live):
+            tasks = [each.task for each in part]
+            replies = await link.insist(*[("EXPIRE", key, REDIS_TTL) for task in tasks for key in (task.key, task.list)])
+            if error := first_error(replies):
+                warn_rarely(f"o Redis não renovou a validade das chaves: {reason(error)}")
+            # NOLOOP cala a mudança de uma chave que nós também mudamos no mesmo instante, e EXPIRE é mudar.
+            await examine(part)
+
+
+async def remove_keys():
+    """Apaga as chaves das tarefas encerradas, e as tira da fila."""
+    while True:
+        await has_removals.wait()
+        part = list(itertools.islice(removals, slice_size))
+        keys = [key for task in part for key in (task.key, task.list, task.taken)]
+        # Sair da fila a cada fim a mantém do tamanho do que está vivo: é o que torna barato o LREM.
+        queued = [("LREM", REDIS_QUEUE, 1, task.key) for task in part] if REDIS_QUEUE else []
+        replies = await link.insist(("UNLINK", *keys), *queued)
+        if isinstance(replies[0], Exception):
+            warn_rarely(f"o Redis não apagou as chaves das tarefas: {reason(replies[0])}")
+            await asyncio.sleep(removal_retry)
+            continue
+        if error := first_error(replies):
+            warn_rarely(f"REDIS_QUEUE: as tarefas mortas não saem da fila: {reason(error)}")
+        for _ in part:
+            removals.popleft()
+        if not removals:
+            has_removals.clear()
+
+
+async def expire_strangers():
+    """Dá validade às listas sem dono de que o Redis falou: um worker que empurra depois do fim as recria."""
+    while True:
+        await asyncio.sleep(strangers_interval)
+        found = list(strangers)
+        strangers.clear()
+        for part in slices(found):
+            await expire_lone(part)
+
+
+async def expire_lone(keys):
+    """Dá a validade REDIS_TTL às listas que não têm nenhuma.
+
+    A de um stream vivo de outro proxy não corre perigo: o dono dela a renova.
+
+    Argumentos:
+        keys (list[bytes]): nomes com os nossos prefixos.
+    """
+    if not keys:
+        return
+    replies = await link.insist(*[word for key in keys for word in (("TYPE", key), ("TTL", key))])
+    found = zip(keys, replies[::2], replies[1::2], strict=True)
+    lone = [key for key, kind, ttl in found if kind == b"list" and ttl == -1 and key not in names]
+    if lone:
+        await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in lone])
+
+
+async def catch_up():
+    """Procura, uma vez por conexão, o que mudou sem aviso, e o que proxies mortos deixaram."""
+    for part in slices(live):
+        await examine(part)
+    await look_for_dead()
+
+
+async def look_for_dead():
+    """Dá validade às listas sem nenhuma e tira da fila as tarefas mortas."""
+    prefixes = (REDIS_LIST_PREFIX.encode(), REDIS_PREFIX.encode())
+    # Uma volta só para as duas formas de lista: o que custa é percorrer o banco.
+    pattern = re.sub(r"([*?\[\]\\])", r"\\\1", os.path.commonprefix([REDIS_LIST_PREFIX, REDIS_PREFIX])) + "*"
+    cursor = None
+    while cursor != b"0":
+        reply, = await link.insist(("SCAN", cursor or 0, "MATCH", pattern, "COUNT", dead_keys, "TYPE", "list"))
+        if isinstance(reply, Exception):
+            warn_rarely(f"as listas órfãs não são procuradas: {reason(reply)}")
+            break
+        cursor, found = reply
+        await expire_lone([key for key in found if key.startswith(prefixes) and key not in names])
+        await asyncio.sleep(dead_pause)
+    start, found = 0, [b""] * dead_queued * bool(REDIS_QUEUE)
+    while len(found) == dead_queued:
+        found, = await link.insist(("LRANGE", REDIS_QUEUE, start, start + dead_queued - 1))
+        if isinstance(found, Exception) or not found:
+            break
+        exist = await link.insist(*[("EXISTS", key) for key in found])
+        # Do que não é tarefa, posto ali por outro programa, a falta da chave nada diz.
+        dead = [key for key, count in zip(found, exist, strict=True) if count == 0 and key.startswith(prefixes[1])]
+        for key in dead:
+            await link.insist(("LREM", REDIS_QUEUE, 1, key))
+        start += len(found) - len(dead)
+        await asyncio.sleep(dead_pause)
+
+
+def tell_systemd():
+    """Informa o estado ao systemd e alimenta o vigia (WatchdogSec): se o laço travar, o serviço recomeça."""
+    state = "fora do ar" if link.is_down else "no ar"
+    notify_systemd(f"WATCHDOG=1\nSTATUS=Redis {state}; streams vivos: {len(live)}; tarefas atendidas: {gate.served}")
+
+
+async def keep_systemd_informed():
+    """Informa o systemd de tempos em tempos, se há um."""
+    while "NOTIFY_SOCKET" in os.environ:
+        tell_systemd()
+        await asyncio.sleep(status_interval)
+
+
+async def sweep_late():
+    """Deixa de ler as requisições cujo prazo venceu, mesmo as que chegam a um byte por segundo."""
+    while True:
+        await asyncio.sleep(sweep_interval)
+        now = time.monotonic()
+        for connection, due in list(arrivals.items()):
+            if due <= now and arrivals.pop(connection, None) is not None:
+                # Quem espera pelo resto da requisição lê o fim dela.
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
+
+
+# =============================================================================
+# Aplicação HTTP
+# =============================================================================
+
+stream_methods = ("GET", "POST", "PUT", "PATCH", "DELETE")
+all_methods = (*stream_methods, "HEAD", "OPTIONS")
+read_size = 65536
+# Espera máxima, em segundos, de uma thread pela resposta do laço.
+answer_timeout = 5.0
+error_codes = {
+    400: ("bad_request", "a requisição não é válida"),
+    401: ("unauthorized", "falta um token válido no cabeçalho Authorization: Bearer"),
+    405: ("method_not_allowed", f"método não atendido; use {', '.join(all_methods)}"),
+    408: ("request_timeout", "a requisição não chegou inteira a tempo"),
+    413: ("body_too_large", "o corpo da requisição passa do limite permitido"),
+    414: ("uri_too_long", "o endereço pedido é longo demais"),
+    431: ("headers_too_large", "os cabeçalhos da requisição passam do limite permitido"),
+    500: ("internal", "falha interna do proxy"),
+    501: ("not_implemented", "a requisição usa um recurso que o servidor não atende"),
+    505: ("version_not_supported", "versão do HTTP não atendida"),
+}
+# Cabeçalhos que acompanham um status, seja quem for que o envie.
+error_headers = {
+    401: [("WWW-Authenticate", "Bearer")],
+    405: [("Allow", ", ".join(all_methods))],
+    503: [("Retry-After", "5")],
+}
+
+
+class any_target(werkzeug.routing.BaseConverter):
+    """Qualquer caminho, com barras repetidas ou quebras de linha: o worker recebe o que o cliente enviou."""
+
+    regex = "(?s:.*)"
+    part_isolating = False
+
+
+app = flask.Flask(program, static_folder=None)
+app.url_map.merge_slashes = False
+app.url_map.converters["target"] = any_target
+
+
+def call_loop(coroutine):
+    """Roda no laço o que uma thread precisa dele, e espera o resultado.
+
+    Argumentos:
+        coroutine (coroutine): o que rodar.
+    Retorna:
+        object: o resultado.
+    Levanta:
+        TimeoutError: se não veio em answer_timeout segundos.
+    """
+    return asyncio.run_coroutine_threadsafe(coroutine, loop).result(answer_timeout)
+
+
+def cors_headers(origin):
+    """Monta os cabeçalhos de CORS de qualquer resposta.
+
+    Argumentos:
+        origin (str): cabeçalho Origin da requisição, ou None.
+    Retorna:
+        list: pares (nome, valor); vazia se CORS está desligado.
+    """
+    if not CORS_ORIGIN:
+        return []
+    if "*" in CORS_ORIGIN:
+        allowed = "*"
+    elif origin and origin.lower() in CORS_ORIGIN:
+        allowed = origin
+    else:
+        return [("Vary", "Origin")]
+    return [
+        ("Access-Control-Allow-Origin", allowed), ("Vary", "Origin"),
+        ("Access-Control-Expose-Headers", "X-Task-Name"),
+    ]
+
+
+def error_parts(status, code=None, message=None):
+    """Monta um erro, venha ele da aplicação ou do servidor HTTP, e o conta.
+
+    Argumentos:
+        status (int): status HTTP.
+        code (str): código do erro; sem ele, o do status.
+        message (str): frase em português; sem ela, a do status.
+    Retorna:
+        tuple: (corpo em bytes; lista de pares de cabeçalhos, com o tipo do corpo).
+    """
+    if code is None:
+        code, message = error_codes.get(status, error_codes[400 if status < 500 else 500])
+    if meter is not None:
+        meter.refusals.labels(str(status), code).inc()
+    return error_line(code, message), [
+        ("Content-Type", "application/json; charset=utf-8"), *error_headers.get(status, []),
+    ]
+
+
+@app.errorhandler(Exception)
+def refuse(error):
+    """Transforma qualquer exceção em um erro JSON.
+
+    Argumentos:
+        error (Exception): refusal, exceção HTTP ou defeito nosso.
+    Retorna:
+        flask.Response: corpo JSON {"error", "message"}.
+    """
+    if isinstance(error, refusal):
+        status, parts = error.status, error_parts(error.status, error.code, error.message)
+    else:
+        status = getattr(error, "code", None)
+        if not isinstance(error, werkzeug.exceptions.HTTPException) or status not in error_codes:
+            log.error("falha interna ao atender uma requisição: %s: %s", type(error).__name__, error)
+            log.debug("falha interna ao atender uma requisição", exc_info=True)
+            status = 500
+        parts = error_parts(status)
+    return flask.Response(parts[0], status, parts[1])
+
+
+@app.after_request
+def sign(response):
+    """Completa qualquer resposta da aplicação; o cabeçalho Server é do servidor HTTP.
+
+    Argumentos:
+        response (flask.Response): a resposta.
+    Retorna:
+        flask.Response: a mesma, com X-Author e CORS.
+    """
+    response.headers["X-Author"] = author
+    response.headers.extend(cors_headers(flask.request.headers.get("Origin")))
+    return response
+
+
+@app.before_request
+def admit():
+    """Atende OPTIONS, sem criar tarefa, e recusa quem não traz um token válido.
+
+    Retorna:
+        flask.Response: 204 para OPTIONS, com a consulta prévia do CORS; None se a requisição segue.
+    Levanta:
+        werkzeug.exceptions.HTTPException: 401.
+    """
+    request = flask.request
+    if request.method == "OPTIONS":
+        response = flask.Response(status=204, headers=error_headers[405])
+        del response.headers["Content-Type"]
+        asked = request.headers.get("Access-Control-Request-Method")
+        if asked and len(cors_headers(request.headers.get("Origin"))) > 1:
+            response.headers["Access-Control-Allow-Methods"] = ", ".join(stream_methods)
+            response.headers["Access-Control-Max-Age"] = "600"
+            if wanted := request.headers.get("Access-Control-Request-Headers"):
+                response.headers["Access-Control-Allow-Headers"] = wanted
+            if request.headers.get("Access-Control-Request-Private-Network") == "true":
+                response.headers["Access-Control-Allow-Private-Network"] = "true"
+        return response
+    if AUTH_TOKEN and request_target(request.environ)[0] != "/ping":
+        scheme, _, token = request.headers.get("Authorization", "").strip().partition(" ")
+        given = token.strip().encode("latin-1", "replace")
+        # Todos são comparados, e por inteiro: o tempo da resposta não diz quanto se acertou.
+        found = sum(hmac.compare_digest(given, allowed) for allowed in AUTH_TOKEN)
+        if scheme.lower() != "bearer" or not found:
+            sender = client_address(request.environ)
+            warn_rarely(f"requisição sem um AUTH_TOKEN válido recusada: cliente={sender}", "AUTH_TOKEN")
+            raise werkzeug.exceptions.Unauthorized()
+    return None
+
+
+@app.route("/ping", methods=all_methods, provide_automatic_options=False)
+def ping():
+    """Testa o Redis.
+
+    Retorna:
+        flask.Response: 200 "pong" se o Redis respondeu; senão 500, em texto.
+    """
+    with contextlib.suppress(TimeoutError, concurrent.futures.TimeoutError):
+        if call_loop(redis_ping()):
+            return flask.Response("pong", content_type="text/plain; charset=utf-8")
+    return flask.Response("o Redis não respondeu", 500, content_type="text/plain; charset=utf-8")
+
+
+def read_body(request):
+    """Lê o corpo da requisição, seja qual for o Content-Type.
+
+    Argumentos:
+        request (flask.Request): requisição ainda não lida.
+    Retorna:
+        bytes: o corpo, ou b"" se não houver.
+    Levanta:
+        werkzeug.exceptions.HTTPException: 413 se passar de MAX_BODY; 408 se não
+        chegar em REQUEST_TIMEOUT; 400 se não chegar inteiro ou tiver um chunk
+        inválido.
+    """
+    connection = client_socket(request.environ)
+    if (request.content_length or 0) > MAX_BODY:
+        raise werkzeug.exceptions.RequestEntityTooLarge()
+    parts, size = [], 0
+    try:
+        # request.stream não passa pelos formulários, que esvaziariam o corpo.
+        while part := request.stream.read(read_size):
+            size += len(part)
+            if size > MAX_BODY:
+                raise werkzeug.exceptions.RequestEntityTooLarge()
+            parts.append(part)
+    except (OSError, werkzeug.exceptions.BadRequest) as error:
+        late = werkzeug.exceptions.RequestTimeout()
+        raise werkzeug.exceptions.BadRequest() if connection in arrivals else late from error
+    # Quem a varredura já tirou daqui não chegou a tempo.
+    if arrivals.pop(connection, None) is None:
+        raise werkzeug.exceptions.RequestTimeout()
+    arrivals[connection] = math.inf
+    return b"".join(parts)
+
+
+def choose_type(request):
+    """Escolhe o tipo do streaming; nunca 406, que um cliente não saberia tratar.
+
+    Argumentos:
+        request (flask.Request): requisição.
+    Retorna:
+        str: o tipo de linhas que Accept prefere; application/json se ele só admite esse, pois uma
+        resposta de uma linha é JSON; senão CONTENT_TYPE.
+    """
+    named = [value.partition(";")[0].strip().lower() for value, quality in request.accept_mimetypes if quality]
+    if chosen := next((name for name in named if name in line_types), None):
+        return chosen
+    admits_all = {"*/*", "application/*"} & set(named)
+    return "application/json" if "application/json" in named and not admits_all else CONTENT_TYPE
+
+
+class stream_response(flask.Response):
+    """Resposta de streaming: seu cabeçalho vai ao laço, com o socket."""
+
+    # O stream aceito; None na resposta a HEAD, que acaba no cabeçalho.
+    owner = None
+
+    def __call__(self, environ, start_response):
+        """Entrega o socket ao laço.
+
+        Argumentos:
+            environ (dict): ambiente WSGI.
+            start_response (callable): função do WSGI.
+        Retorna:
+            iterable: o corpo vazio da resposta a HEAD.
+        Levanta:
+            handed_over: o socket já não é da thread.
+        """
+        if self.owner is None:
+            return super().__call__(environ, start_response)
+        is_chunked = self.owner.task.is_chunked
+        rows = [
+            f"HTTP/1.{int(is_chunked)} 200 OK", f"Server: {SERVERNAME}", f"Date: {email.utils.formatdate(usegmt=True)}",
+            *[f"{name}: {value}" for name, value in self.headers],
+            *["Transfer-Encoding: chunked"] * is_chunked, "Connection: close", "\r\n",
+        ]
+        return hand_over(environ, self.owner, "\r\n".join(rows).encode("latin-1"))
+
+
+@app.route("/<target:target>", methods=all_methods, provide_automatic_options=False)
+def streaming(target):
+    """Função principal: atende um cliente, da requisição à entrega do socket ao laço.
+
+    Argumentos:
+        target (str): caminho decodificado, sem uso: o worker recebe o que veio.
+    Retorna:
+        stream_response: o streaming.
+    Levanta:
+        refusal, werkzeug.exceptions.HTTPException: um erro com status próprio e corpo JSON.
+    """
+    request = flask.request
+    response = stream_response(content_type=f"{choose_type(request)}; charset=utf-8", headers=[
+        ("Cache-Control", "no-cache, no-transform"),
+        # O nginx guarda a resposta inteira se não for avisado.
+        ("X-Accel-Buffering", "no"),
+        ("X-Content-Type-Options", "nosniff"),
+    ])
+    if request.method == "HEAD":
+        return response
+    made = stream(task(request, read_body(request)))
+    loop.call_soon_threadsafe(made.begin)
+    try:
+        made.accepted.result(answer_timeout)
+    except (TimeoutError, concurrent.futures.TimeoutError):
+        loop.call_soon_threadsafe(made.adopt, None, b"")
+        raise refusal(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes") from None
+    response.owner = made
+    del response.headers["Content-Length"]
+    response.headers["X-Task-Name"] = made.task.name
+    return response
+
+
+# =============================================================================
+# Servidores HTTP e a entrega do socket
+# =============================================================================
+# Os dois rodam como seus autores os fazem, cada um em sua thread; o que aqui se usa de dentro
+# deles, sem estar em seus manuais, está em `insides`, e em nenhum outro lugar do arquivo.
+
+backlog = 4096
+# Threads do waitress: cada uma espera pelo Redis no começo de uma tarefa, e só então.
+waitress_threads = 16
+# Descritores usados pelo próprio programa, com folga, e os que ficam para responder 503 e /ping.
+own_descriptors = 32
+refusal_descriptors = 64
+# Bytes além de MAX_BODY que o waitress aceita: ele conta também as marcas dos chunks.
+chunk_marks = 65536
+# Pausa, em segundos, antes de aceitar de novo, se faltam descritores ou threads.
+accept_pause = 0.1
+# Soquetes cuja requisição ainda chega -> prazo, no relógio monotônico; infinito se já chegou e
+# a resposta está sendo feita.
+arrivals = {}
+
+
+class handed_over(ConnectionError):
+    """O socket agora é do laço. Os dois servidores tomam isto por um cliente que caiu, e nada escrevem."""
+
+
+def client_socket(environ):
+    """Dá o socket do cliente de uma requisição.
+
+    Argumentos:
+        environ (dict): ambiente WSGI.
+    Retorna:
+        socket.socket: o socket, ainda do servidor HTTP.
+    """
+    disconnected = environ.get("waitress.client_disconnected")
+    return disconnected.__self__.socket if disconnected else environ["werkzeug.socket"]
+
+
+def hand_over(environ, owner, head):
+    """Entrega o socket de um cliente ao laço.
+
+    Argumentos:
+        environ (dict): ambiente WSGI.
+        owner (stream): stream que o recebe.
+        head (bytes): cabeçalho da resposta.
+    Levanta:
+        handed_over: sempre; a thread que a vê cair esquece a conexão.
+    """
+    connection, entrusted = client_socket(environ), None
+    try:
+        # O socketserver desliga (shutdown) o que lhe resta ao fim da requisição: uma cópia não serviria. Já o laço
+        # do waitress ainda conhece o número deste descritor, e só o fecha.
+        is_flask = "werkzeug.socket" in environ
+        entrusted = socket.socket(fileno=connection.detach()) if is_flask else connection.dup()
+    except OSError as error:
+        log.debug("o socket de um cliente não pôde ser entregue: %s", reason(error))
+    loop.call_soon_threadsafe(owner.adopt, entrusted, head)
+    raise handed_over
+
+
+def receive_deadline():
+    """Calcula até quando uma requisição que começa agora pode chegar.
+
+    Retorna:
+        float: instante do relógio monotônico, em segundos.
+    """
+    return time.monotonic() + REQUEST_TIMEOUT / 1000
+
+
+class flask_handler(werkzeug.serving.WSGIRequestHandler):
+    """Atende uma conexão, e nela uma só requisição, no servidor do Flask."""
+
+    disable_nagle_algorithm = True
+
+    def setup(self):
+        """Começa a contar o prazo da requisição."""
+        super().setup()
+        arrivals[self.connection] = receive_deadline()
+
+    def finish(self):
+        """Esquece a conexão."""
+        arrivals.pop(self.connection, None)
+        super().finish()
+
+    def version_string(self):
+        """Nomeia o servidor.
+
+        Retorna:
+            str: valor do cabeçalho Server.
+        """
+        return SERVERNAME
+
+    def handle_one_request(self):
+        """Atende a requisição; o socket pode ter sido entregue, e não há outra."""
+        super().handle_one_request()
+        self.close_connection = True
+
+    def make_environ(self):
+        """Completa o ambiente WSGI.
+
+        Retorna:
+            dict: ambiente com o alvo como veio: self.path já perdeu as barras repetidas do início.
+        """
+        if self.request_version != "HTTP/1.1":
+            # Quem fala HTTP/1.0 não conhece chunks.
+            self.protocol_version = "HTTP/1.0"
+        return super().make_environ() | {"REQUEST_URI": self.requestline.split()[1]}
+
+    def send_error(self, code, message=None, explain=None):
+        """Responde a uma requisição que não chega à aplicação.
+
+        Argumentos:
+            code (int): status HTTP.
+            message (str): sem uso.
+            explain (str): sem uso.
+        """
+        status = int(code) if self.connection in arrivals else 408
+        body, fields = error_parts(status)
+        origin = getattr(self, "headers", {}).get("Origin")
+        # Uma linha de requisição sem versão faria o http.server omitir os cabeçalhos.
+        self.request_version = "HTTP/1.0"
+        self.send_response(status)
+        for name, value in (*fields, ("X-Author", author), *cors_headers(origin),
+                            ("Content-Length", str(len(body))), ("Connection", "close")):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class flask_server(werkzeug.serving.ThreadedWSGIServer):
+    """Servidor do Flask que espera quando o sistema não pode mais."""
+
+    request_queue_size = backlog
+
+    def get_request(self):
+        """Aceita uma conexão.
+
+        Retorna:
+            tuple: (socket, endereço do cliente).
+        Levanta:
+            OSError: se o sistema não tem mais descritores ou o cliente desistiu.
+            KeyboardInterrupt: se o serviço está parando; é como o werkzeug aceita parar.
+        """
+        try:
+            return super().get_request()
+        except OSError as error:
+            if gate.is_closed:
+                raise KeyboardInterrupt from None
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # A conexão continua na fila do sistema; sem uma pausa o servidor giraria à toa.
+                warn_rarely("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
+                time.sleep(accept_pause)
+            raise
+
+    def process_request(self, request, client_address):
+        """Dá uma thread à conexão, esperando se o sistema não pode criá-la.
+
+        Argumentos:
+            request (socket.socket): conexão aceita.
+            client_address (tuple): endereço do cliente.
+        """
+        while True:
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError as error:
+                warn_rarely(f"faltam threads ({error}): aumente o limite (TasksMax) e a memória")
+                time.sleep(accept_pause)
+
+    def handle_error(self, request, client_address):
+        """Registra em uma linha a falha de uma conexão.
+
+        Argumentos:
+            request (socket.socket): conexão.
+            client_address (tuple): endereço do cliente.
+        """
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            log.error("falha interna em uma conexão: %s: %s", type(error).__name__, error)
+
+
+class waitress_error:
+    """Erro do waitress na forma dos nossos."""
+
+    def __init__(self, request):
+        """Guarda o erro.
+
+        Argumentos:
+            request (waitress.parser.HTTPRequestParser): requisição recusada.
+        """
+        self.error, self.origin = request.error, request.headers.get("ORIGIN")
+
+    def to_response(self, ident=None):
+        """Monta a resposta, como o waitress a pede.
+
+        Argumentos:
+            ident (str): sem uso; a 2.1 nem o passa.
+        Retorna:
+            tuple: (status, lista de cabeçalhos, corpo em bytes).
+        """
+        body, fields = error_parts(self.error.code)
+        return (f"{self.error.code} {self.error.reason}", [*fields, ("X-Author", author), *cors_headers(self.origin)],
+                body)
+
+
+class waitress_channel(waitress.channel.HTTPChannel):
+    """Conexão do waitress, e nela uma só requisição."""
+
+    def __init__(self, server, connection, *args, **options):
+        """Começa a contar o prazo da requisição.
+
+        Argumentos:
+            server (waitress.server.BaseWSGIServer): servidor.
+            connection (socket.socket): conexão aceita.
+            args (object): argumentos do waitress.
+            options (object): argumentos nomeados do waitress.
+        """
+        arrivals[connection] = receive_deadline()
+        super().__init__(server, connection, *args, **options)
+
+    def service(self):
+        """Atende a requisição, na thread dela."""
+        request = self.requests[0]
+        request.headers["CONNECTION"] = "close"
+        if request.error:
+            request.error = waitress_error(request)
+        super().service()
+
+    def handle_close(self):
+        """Fecha a conexão e a esquece."""
+        arrivals.pop(self.socket, None)
+        super().handle_close()
+
+
+# De quem é, o nome, e para que serve; check_insides os confere no início.
+insides = (
+    (werkzeug.serving, "ThreadedWSGIServer"),
+    (werkzeug.serving.WSGIRequestHandler, "make_environ"),
+    (werkzeug.serving, "is_running_from_reloader"),
+    (waitress.channel.HTTPChannel, "service"),
+    (waitress.channel.HTTPChannel, "handle_close"),
+    (waitress.wasyncore, "dispatcher"),
+    (redis.Connection(), "_sock"),
+)
+
+
+def check_insides():
+    """Confere se as bibliotecas ainda têm por dentro o que o programa usa.
+
+    Levanta:
+        configuration_error: se falta algo, com o nome do módulo e a versão.
+    """
+    for owner, name in insides:
+        if not hasattr(owner, name):
+            kind = owner if hasattr(owner, "__name__") else type(owner)
+            module = getattr(kind, "__module__", kind.__name__).partition(".")[0]
+            raise configuration_error(
+                f"esta versão do módulo {module} não serve: falta {kind.__name__}.{name}, de que o programa depende")
+
+
+def redis_socket(connection):
+    """Dá o socket de uma conexão do redis-py, que não o publica; o nome é o mesmo da 4 à 8.
+
+    Argumentos:
+        connection (redis.Connection): conexão aberta.
+    Retorna:
+        socket.socket: o socket; ssl.SSLSocket se há TLS.
+    """
+    return connection._sock
+
+
+def serve_flask(listener):
+    """Atende com o servidor do Flask, uma thread por requisição, até que o socket deixe de escutar.
+
+    Argumentos:
+        listener (socket.socket): socket escutando.
+    """
+    werkzeug.serving.ThreadedWSGIServer = flask_server
+    # O werkzeug só aceita um socket pronto pela porta de seu recarregador, que também cala o
+    # aviso de servidor de desenvolvimento.
+    os.environ |= {"WERKZEUG_RUN_MAIN": "true", "WERKZEUG_SERVER_FD": str(listener.fileno())}
+    app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, use_reloader=False,
+            load_dotenv=False, request_handler=flask_handler)
+
+
+def serve_waitress(listener):
+    """Atende com o waitress, até que o socket deixe de escutar e as respostas acabem.
+
+    Argumentos:
+        listener (socket.socket): socket escutando.
+    """
+    hard, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    server = waitress.create_server(
+        app, sockets=[listener], ident=SERVERNAME, threads=waitress_threads, backlog=backlog,
+        # Além do limite as conexões esperam na fila do sistema; sem ele, a falta de descritores
+        # faria o laço do waitress girar à toa. select() não passa do descritor 1023.
+        connection_limit=max(refusal_descriptors, hard - own_descriptors - gate.limit), asyncore_use_poll=True,
+        channel_request_lookahead=0,
+        # O corpo fica na memória, como no servidor do Flask: um arquivo provisório custaria um
+        # descritor a mais por conexão, e o disco pode estar cheio.
+        inbuf_overflow=MAX_BODY + chunk_marks + 1, max_request_body_size=MAX_BODY + chunk_marks,
+        clear_untrusted_proxy_headers=False, log_socket_errors=False,
+    )
+    server.channel_class = waitress_channel
+    # O socket que deixa de escutar é fechado na thread do waitress; o dele fecharia junto o alarme das outras.
+    server.handle_close = functools.partial(waitress.wasyncore.dispatcher.close, server)
+    server.run()
+
+
+hosts = {"flask": serve_flask, "waitress": serve_waitress}
+
+
+def run_host(listener):
+    """Roda o servidor HTTP, em sua thread; sem ele, não há serviço.
+
+    Argumentos:
+        listener (socket.socket): socket escutando.
+    """
+    try:
+        hosts[HTTP_SERVER](listener)
+    except Exception as error:
+        log.error("o servidor HTTP parou: %s: %s", type(error).__name__, error)
+    if not gate.is_closed:
+        leave(1)
+
+
+def raise_descriptor_limit():
+    """Eleva o limite de descritores ao máximo permitido e limita por ele os streams.
+
+    Sem sobra, quem passa do limite esperaria na fila do sistema por um 503.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = 1048576
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gate.limit = max(1, min(MAX_STREAMS, hard - own_descriptors - refusal_descriptors))
+    if gate.limit < MAX_STREAMS:
+        log.warning("MAX_STREAMS é %d, mas o processo só pode abrir %d descritores: são atendidos %d streams",
+                    MAX_STREAMS, hard, gate.limit)
+
+
+def url_host(host):
+    """Escreve um endereço como as URLs o pedem.
+
+    Argumentos:
+        host (str): endereço ou nome.
+    Retorna:
+        str: o IPv6 entre colchetes; o resto como veio.
+    """
+    return f"[{host}]" if ":" in host else host
+
+
+def open_listener(host, port):
+    """Abre o socket em que um servidor escuta.
+
+    Argumentos:
+        host (str): endereço ou nome desta máquina.
+        port (int): porta; 0 escolhe uma livre.
+    Retorna:
+        socket.socket: socket escutando.
+    Levanta:
+        OSError: se o endereço não existe ou a porta está ocupada.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(address[:2], family=family, backlog=backlog, dualstack_ipv6=host == "::")
+
+
+# =============================================================================
+# Métricas, para o Prometheus
+# =============================================================================
+# Desligadas (meter é None), não custam nada, e o prometheus_client nem é carregado.
+
+# Limites das faixas: segundos até a primeira linha, da duração, de uma ida ao Redis
+# e do atraso do laço; e comandos em uma ida.
+first_line_limits = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+duration_limits = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+round_limits = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 2)
+lag_limits = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+command_limits = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+# Erros que não estão em error_codes.
+refusal_codes = ((500, "redis_error"), (503, "too_many_streams"), (503, "shutdown"), (504, "redis_unavailable"))
+
+
+class metrics_meter:
+    """O que o programa conta para as métricas."""
+
+    def __init__(self):
+        """Cria as métricas, todas em zero."""
+        # Importado só aqui: sem métricas, o módulo pode nem existir.
+        import prometheus_client
+
+        registry = prometheus_client.CollectorRegistry()
+        options = {"namespace": "ndjson_proxy", "registry": registry}
+        counter = functools.partial(prometheus_client.Counter, **options)
+        gauge = functools.partial(prometheus_client.Gauge, **options)
+        histogram = functools.partial(prometheus_client.Histogram, **options)
+        # O que os streams e as requisições contam.
+        self.lines = counter("lines", "Linhas enviadas, as de erro inclusive.")
+        self.bytes = counter("sent_bytes", "Bytes de linhas enviados.")
+        self.unheard = counter("tasks_unheard", "Tarefas publicadas sem ninguém no canal nem fila.")
+        self.first_line = histogram("first_line_seconds", "Da requisição à primeira linha.", buckets=first_line_limits)
+        self.duration = histogram("stream_seconds", "Da requisição ao fim do streaming.", buckets=duration_limits)
+        tasks = counter("tasks", "Tarefas terminadas, por motivo do fim.", ["reason"])
+        self.ends = {name: tasks.labels(name) for name in end_reasons}
+        self.refusals = counter("requests_refused", "Requisições recusadas antes do streaming.", ["status", "reason"])
+        for status, code in (*refusal_codes, *((status, code) for status, (code, _) in error_codes.items())):
+            self.refusals.labels(str(status), code)
+        # O que o laço conta de si.
+        self.lag = histogram("collector_lag_seconds", "Atraso do laço em relação ao que venceu.", buckets=lag_limits)
+        self.rounds = histogram("collector_round_seconds", "Duração de uma ida ao Redis.", buckets=round_limits)
+        self.commands = histogram("collector_round_commands", "Comandos em uma ida ao Redis.", buckets=command_limits)
+        # O que se lê na hora.
+        gauge("info", "Versão e servidor HTTP.", ["version", "server"]).labels(version, HTTP_SERVER).set(1)
+        for name, text, read in (
+            ("streams", "Streams vivos.", lambda: len(live)),
+            ("streams_limit", "MAX_STREAMS, ou menos se faltam descritores.", lambda: gate.limit),
+            ("threads", "Threads do processo.", threading.active_count),
+            ("redis_up", "1 se o Redis responde.", lambda: int(not link.is_down)),
+            ("redis_wake_up", "1 se o Redis avisa as mudanças (REDIS_WAKE).", lambda: int(link.is_tracked)),
+        ):
+            gauge(name, text).set_function(read)
+        self.cuts = counter("redis_cuts", "Quedas do Redis ou da conexão com ele.")
+        self.returns = counter("redis_reconnects", "Voltas do Redis.")
+        prometheus_client.ProcessCollector(namespace="ndjson_proxy", registry=registry)
+        self.application = prometheus_client.make_wsgi_app(registry)
+
+    def round(self, done):
+        """Conta uma ida ao Redis.
+
+        Argumentos:
+            done (exchange): comandos já respondidos.
+        """
+        self.commands.observe(done.count)
+        self.rounds.observe(loop.time() - done.sent_at)
+
+    def serve(self, listener):
+        """Serve as métricas, em uma thread, com o waitress.
+
+        Argumentos:
+            listener (socket.socket): socket escutando em METRICS_HOST e METRICS_PORT.
+        """
+        server = waitress.create_server(self.application, sockets=[listener], ident=SERVERNAME, threads=1,
+                                        asyncore_use_poll=True, channel_timeout=10, log_socket_errors=False)
+        threading.Thread(target=server.run, name="métricas", daemon=True).start()
+        log.info("métricas: http://%s:%d/metrics", url_host(METRICS_HOST), METRICS_PORT)
+
+
+# =============================================================================
+# Sinais e programa principal
+# =============================================================================
+
+stop_signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Tempo, em segundos, que cada etapa da parada espera sem ver progresso.
+stop_patience = 1.0
+loop: asyncio.AbstractEventLoop
+link: redis_link
+log_writer: logging.handlers.QueueListener
+meter: metrics_meter | None = None
+
+
+def shown_value(row, given):
+    """Mostra o valor efetivo de uma configuração.
+
+    Argumentos:
+        row (setting): linha da tabela.
+        given (layered): texto e camada.
+    Retorna:
+        str: o texto, mascarado se for segredo.
+    """
+    if row.secret:
+        return "********" if given.text else ""
+    if row.name == "REDIS_SERVER":
+        return REDIS_SERVER.shown
+    return given.text
+
+
+def show(text):
+    """Escreve na saída padrão, que pode ser um cano, um arquivo ou nada.
+
+    Argumentos:
+        text (str): uma ou mais linhas, sem o LF final.
+    Levanta:
+        OSError: se a saída falhar; quem parou de ler (head) não é uma falha.
+    """
+    if sys.stdout is None:
+        return
+    with contextlib.suppress(BrokenPipeError):
+        # Um terminal que não sabe uma letra não é motivo para não mostrar as outras.
+        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def redis_problem(error, given):
+    """Descreve por que o Redis não serve, no início ou no --check.
+
+    Argumentos:
+        error (Exception): falha da conexão ou recusa do Redis.
+        given (dict): texto e camada de cada configuração.
+    Retorna:
+        tuple: (status de saída, frase): 2 se o database não existe, o que nenhuma
+        espera conserta; 1 nos outros casos.
+    """
+    shown, words = REDIS_SERVER.shown, reason(error)
+    if isinstance(error, redis.ResponseError) and "DB index" in words:
+        return 2, (f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: "
+                   f"o Redis não tem esse database ({words})")
+    if isinstance(error, redis.AuthenticationError) or words.startswith(("NOAUTH", "WRONGPASS")):
+        name = "REDIS_SERVER" if has_password(given["REDIS_SERVER"].text) else "REDIS_PASSWORD"
+        return 1, f"{name}: o Redis em {shown} recusou a senha ({given[name].layer}): {words}"
+    # Uma recusa é uma resposta: o endereço está certo, e o Redis, no ar.
+    is_refusal = isinstance(error, redis.ResponseError | redis.BusyLoadingError) or "max number of clients" in words
+    verb = "recusou a conexão" if is_refusal else "não atende"
+    return 1, f"REDIS_SERVER: o Redis em {shown} {verb}: {words}"
+
+
+def check(given):
+    """Mostra as configurações e testa o Redis (--check).
+
+    Argumentos:
+        given (dict): texto e camada de cada configuração.
+    Retorna:
+        int: 0 se o Redis respondeu; 1 se não; 2 se ele não tem o database.
+    Levanta:
+        OSError: se a saída padrão falhar.
+    """
+    show("\n".join(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})" for row in settings))
+    status, sentence = 0, f"Redis em {REDIS_SERVER.shown}: respondeu ao PING"
+    try:
+        redis.Redis(connection_pool=redis_pool()).ping()
+    except (redis.RedisError, OSError) as error:
+        status, sentence = redis_problem(error, given)
+    show(sentence)
+    return status
+
+
+def open_listeners(given):
+    """Abre o socket da aplicação e, se METRICS_PORT pede, o das métricas.
+
+    Argumentos:
+        given (dict): texto e camada de cada configuração.
+    Retorna:
+        tuple: (status de saída se algum não abriu, ou 0; lista de sockets): 2 se o nome não
+        existe, o que nenhuma espera conserta; 1 nos outros casos.
+    """
+    listeners = []
+    for server in ("HTTP", "METRICS") if METRICS_PORT else ("HTTP",):
+        (host, host_layer), (port, port_layer) = (
+            (globals()[name], f"({given[name].layer})") for name in (f"{server}_HOST", f"{server}_PORT")
+        )
+        try:
+            listeners.append(open_listener(host, port))
+        except socket.gaierror as error:
+            log.error("%s_HOST: o valor %r %s não serve: %s", server, host, host_layer, reason(error))
+            return (1 if error.errno == socket.EAI_AGAIN else 2), []
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                log.error("%s_HOST: o endereço %s %s não pode ser aberto: %s", server, host, host_layer, reason(error))
+            else:
+                log.error("%s_PORT: a porta %s %s em %s não pode ser aberta: %s", server, port, port_layer, host,
+                          reason(error))
+            return 1, []
+    return 0, listeners
+
+
+async def settle(count):
+    """Espera uma contagem chegar a zero, enquanto ela diminui.
+
+    Milhares de streams levam segundos para receber a última linha; um cliente que
+    não lê nunca a recebe, e não pode segurar a parada.
+
+    Argumentos:
+        count (callable): devolve a contagem.
+    """
+    left, deadline = count(), loop.time() + stop_patience
+    while left and loop.time() < deadline:
+        await asyncio.sleep(0.01)
+        now = count()
+        if now < left:
+            left, deadline = now, loop.time() + stop_patience
+
+
+def unsent():
+    """Conta o que ainda falta dizer aos clientes.
+
+    Retorna:
+        int: streams vivos, bytes que seus clientes não leram e respostas que as threads fazem.
+    """
+    transports = [each.client.transport for each in runners.values() if each.client.transport is not None]
+    waiting = sum(due == math.inf for due in list(arrivals.values()))
+    return len(live) + sum(each.get_write_buffer_size() for each in transports) + waiting
+
+
+async def stop_service(listener):
+    """Deixa de escutar, encerra os streams vivos dentro do prazo e apaga suas chaves.
+
+    Argumentos:
+        listener (socket.socket): socket escutando.
+    """
+    # O prazo do systemd acompanha DRAIN, seja qual for o TimeoutStopSec da unidade.
+    notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(DRAIN + 10000) * 1000}")
+    gate.is_closed = True
+    # Quem aceita conexões nos dois servidores vê este socket parar, e para.
+    listener.shutdown(socket.SHUT_RDWR)
+    count = len(live)
+    log.info("parando: %s", f"{plural(count, 'stream tem', 'streams têm')} até {DRAIN} ms para acabar" if count else
+             "nenhum stream vivo")
+    deadline = loop.time() + DRAIN / 1000
+    while live and loop.time() < deadline:
+        await asyncio.sleep(0.01)
+    for each in list(live):
+        each.end(ended_shutdown)
+    await settle(unsent)
+    await settle(lambda: len(removals))
+    log.info("parado")
+
+
+def request_stop(stopping):
+    """Pede a parada; um segundo sinal encerra na hora, pela ação padrão.
+
+    Argumentos:
+        stopping (asyncio.Future): o que a parada espera.
+    """
+    for each in stop_signals:
+        loop.remove_signal_handler(each)
+        signal.signal(each, signal.SIG_DFL)
+    stopping.set_result(None)
+
+
+def tell_fault(_, context):
+    """Registra uma falha que nenhuma corrotina tratou.
+
+    Argumentos:
+        _ (asyncio.AbstractEventLoop): sem uso.
+        context (dict): o que o asyncio diz dela.
+    """
+    error = context.get("exception")
+    # Uma resposta que ninguém mais espera falhou com a conexão.
+    if not isinstance(error, (*redis_failures, OSError)):
+        log.error("falha interna no laço: %s: %s", context["message"], error)
+
+
+async def serve(given):
+    """Conecta ao Redis, abre a porta e atende até o sinal de parada.
+
+    Argumentos:
+        given (dict): texto e camada de cada configuração.
+    Retorna:
+        int: 0 se parou por um sinal; 1 se o Redis ou a porta não atenderam; 2 se o
+        database ou o endereço não existem.
+    """
+    global link, loop, meter
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(tell_fault)
+    link = redis_link()
+    try:
+        await link.open()
+    except (redis.RedisError, OSError) as error:
+        status, sentence = redis_problem(error, given)
+        log.error("%s", sentence)
+        return status
+    status, listeners = open_listeners(given)
+    if status:
+        return status
+    raise_descriptor_limit()
+    stopping = loop.create_future()
+    for each in stop_signals:
+        loop.add_signal_handler(each, request_stop, stopping)
+    if METRICS_PORT:
+        meter = metrics_meter()
+        meter.serve(listeners[1])
+    for duty in (keep_link, catch_up, cast_net, renew_keys, remove_keys, expire_strangers, keep_systemd_informed,
+                 sweep_late):
+        take_up(duty)
+    threading.Thread(target=run_host, args=(listeners[0],), name=HTTP_SERVER, daemon=True).start()
+    # Percorrer os objetos de milhares de streams pararia todos por décimos de
+    # segundo; o lixo cíclico deles é jovem, e as duas primeiras gerações o recolhem.
+    gc.freeze()
+    gc.set_threshold(10000, 20, 1000)
+    log.info("pronto: http://%s:%d (%s), Redis em %s", url_host(HTTP_HOST), listeners[0].getsockname()[1],
+             HTTP_SERVER, REDIS_SERVER.shown)
+    notify_systemd("READY=1")
+    await stopping
+    await stop_service(listeners[0])
+    return 0
+
+
+def main(argv):
+    """Programa principal.
+
+    Argumentos:
+        argv (list[str]): argumentos, sem o nome do programa.
+    Retorna:
+        int: status de saída: 0 parada limpa, 1 Redis, porta ou saída, 2 configuração.
+    """
+    global log_writer
+    log_writer = configure_logging()
+    # Até o serviço começar, um Ctrl-C encerra como os outros sinais, sem traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        actions, given, warnings = load_settings(argv, os.environ)
+        if "help" in actions:
+            show(build_parser().format_help().rstrip("\n"))
+            return 0
+        if "version" in actions:
+            show(f"{program} {version}")
+            return 0
+        log.setLevel(LOG_LEVEL.upper())
+        for warning in warnings:
+            log.warning("%s", warning)
+        check_insides()
+        if "check" in actions:
+            return check(given)
+    except configuration_error as error:
+        log.error("%s", error)
+        return 2
+    except OSError as error:
+        log.error("a saída não pode ser escrita: %s", reason(error))
+        return 1
+    return asyncio.new_event_loop().run_until_complete(serve(given))
+
+
+def leave(status):
+    """Encerra o processo, depois de dar ao log um instante para escrever o que resta.
+
+    As threads que restam não podem prender o fim do interpretador: tudo o que importa já
+    foi enviado, apagado e registrado.
+
+    Argumentos:
+        status (int): status de saída.
+    """
+    last = threading.Thread(target=log_writer.stop, daemon=True)
+    last.start()
+    last.join(log_patience)
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))
