@@ -65,6 +65,8 @@ def say(page, text):
         O quadro (Locator) da resposta, que é a última da página.
     """
     page.get_by_label("Mensagem").fill(text)
+    # Enquanto a resposta anterior corre, o botão é Parar e o Enter não envia.
+    browser.expect(page.locator("#send")).to_be_visible()
     page.keyboard.press("Enter")
     return page.locator(".answer").last
 

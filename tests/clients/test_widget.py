@@ -63,6 +63,8 @@ def say(page, text):
         text: a mensagem.
     """
     page.locator("[data-test-id=chat-input]").fill(text)
+    # Enquanto a resposta anterior corre, o Enter não envia.
+    browser.expect(page.locator(".chat-input-send-button")).to_be_enabled()
     page.locator("[data-test-id=chat-input]").press("Enter")
 
 
