@@ -57,7 +57,7 @@ def run_script(examples, tmp_path):
         ("[1, 2]", "application/json"),
     ],
 )
-def test_shows_each_line(text, kind, host, start_proxy, run_script, worker):
+def test_shows_each_line(text, kind, start_proxy, run_script, worker):
     """O texto chega ao worker como está, com o seu tipo, e cada linha aparece antes que a seguinte seja empurrada."""
     client = run_script(start_proxy().port, text)
     task = worker.next(15)

@@ -114,7 +114,7 @@ def test_same_objects(name, host, shared_proxy, worker, tmp_path, node_folder, r
         reading.kill()
 
 
-def test_many_lines_at_once(host, start_proxy, worker, tmp_path, node_folder, go_reader):
+def test_many_lines_at_once(start_proxy, worker, tmp_path, node_folder, go_reader):
     """Milhares de linhas empurradas de uma vez, que chegam em pedaços quaisquer: cada leitor vê todas, em ordem."""
     proxy = start_proxy("--pause", "0")
     pushed = [{"n": number, "pad": "é" * (number % 97)} for number in range(3000)]

@@ -96,7 +96,7 @@ def bot(page):
     return page.locator(".chat-message-from-bot:not(.chat-message-typing)")
 
 
-def test_text_appears_progressively(host, start_proxy, open_widget, worker):
+def test_text_appears_progressively(start_proxy, open_widget, worker):
     """Cada parte aparece antes que a seguinte seja empurrada, e o campo volta a aceitar texto no fim."""
     proxy = start_proxy("--cors-origin", "*", "--heartbeat", "100")
     page = open_widget(proxy.port)
@@ -141,7 +141,7 @@ def test_two_nodes_are_two_messages(start_proxy, open_widget, worker):
     browser.expect(bot(page)).to_have_text(["Da primeira de novo", "Da segunda"])
 
 
-def test_previous_session(host, start_proxy, open_widget, worker):
+def test_previous_session(start_proxy, open_widget, worker):
     """loadPreviousSession: uma linha só, {"data": [...]}, e as mensagens antigas aparecem; a conversa é a mesma."""
     page = open_widget(start_proxy("--cors-origin", "*").port, loadPreviousSession=True)
     task = worker.next()
@@ -222,7 +222,7 @@ def read_multipart(info):
     return fields, files
 
 
-def test_timeout_shows_a_message(host, start_proxy, open_widget, worker):
+def test_timeout_shows_a_message(start_proxy, open_widget, worker):
     """Com MAXTIME_ERROR na forma {"type": "error", "content"}, quem esperou demais lê a frase, no começo ou no meio."""
     page = open_widget(start_proxy("--cors-origin", "*", "--maxtime", "800", "--maxtime-error", timeout_line).port)
     say(page, "Olá")
