@@ -97,7 +97,6 @@ try:
     import waitress.channel
     import waitress.wasyncore
     import werkzeug.exceptions
-    import werkzeug.routing
     import werkzeug.serving
 except ModuleNotFoundError:
     print(f"erro: falta o módulo {sys.exc_info()[1].name}; no Debian: apt install python3-flask python3-redis "
@@ -1151,10 +1150,10 @@ class redis_link:
         # Aberta e pronta; um pedido de pressa para reabrir; o resultado da próxima tentativa; a causa da queda.
         self.up, self.hurry = asyncio.Event(), asyncio.Event()
         self.attempt, self.lost = loop.create_future(), None
-        # Se o Redis manda avisos, e o começo da retirada pelo script (vazio se ele os nega).
-        self.is_tracked, self.take_head = False, b""
-        # Já estava fora do ar, e quantas vezes caiu e voltou.
-        self.is_down, self.cuts, self.returns = False, 0, 0
+        # Se o Redis manda avisos, se os recusou da última vez, e o começo da retirada (vazio se ele nega scripts).
+        self.is_tracked, self.is_mute, self.take_head = False, False, b""
+        # Se o log já disse que o Redis está fora do ar, e por quê.
+        self.is_down, self.told = False, ""
 
     async def open(self):
         """Abre a conexão, carrega o script e liga os avisos.
@@ -1205,8 +1204,11 @@ class redis_link:
             refusal = first_error(await self.send(("HELLO", 3))) or first_error(
                 await self.send(("CLIENT", "TRACKING", "ON", "BCAST", *words, "NOLOOP")))
             self.is_tracked = refusal is None
-            if refusal:
-                warn_rarely(f"REDIS_WAKE: o Redis recusou os avisos ({reason(refusal)}); fica só a consulta periódica")
+            if refusal and not self.is_mute:
+                log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", reason(refusal))
+            elif self.is_mute and not refusal:
+                log.info("REDIS_WAKE: avisos do Redis restabelecidos")
+            self.is_mute = refusal is not None
 
     def lose(self, error):
         """Fecha a conexão; quem esperava por uma resposta recebe a falha.
@@ -1493,8 +1495,6 @@ async def redis_ping():
 
 end_words = frozenset((b"EOF", b"EOL", b"END-OF-FILE", b"END-OF-LIST"))
 line_breaks = bytes.maketrans(b"\r\n", b"  ")
-# Uma vírgula com que o servidor HTTP juntou dois cabeçalhos Cookie (RFC 9113, 8.2.3).
-cookie_joint = re.compile(r",\s*(?=[!#$%&'*+.^_`|~0-9A-Za-z-]+=)")
 
 
 def normalize_line(element):
@@ -1617,7 +1617,7 @@ def task_headers(request):
     for name, value in request.headers.items():
         if name.lower() in HEADERS_EXCLUDE:
             continue
-        headers[name] = cookie_joint.sub("; ", value) if name == "Cookie" else value
+        headers[name] = value
         with contextlib.suppress(UnicodeError):
             headers[name] = headers[name].encode("latin-1").decode("utf-8")
     return headers
@@ -2019,12 +2019,12 @@ class stream:
                 if is_word or kind == b"none":
                     self.tail = chunk
                     return ended_word if is_word else ended_done
+                self.is_noticed = True
                 if chunk:
                     await self.client.send(chunk)
                 self.is_late, self.last_line = False, loop.time()
                 if PAUSE:
                     await asyncio.sleep(PAUSE / 1000)
-                self.is_noticed = True
             elif kind == b"none":
                 return ended_done
             elif kind not in (b"string", b"list"):
@@ -2187,7 +2187,7 @@ async def keep_link():
         while not link.lost.done():
             await asyncio.wait([link.lost], timeout=redis_timeout / 4)
             now = loop.time()
-            if now >= ping_at:
+            if now >= ping_at and not live:
                 ping_at = now + idle_ping
                 link.send(("PING",))
             if link.pending and now > max(link.pending[0].sent_at, link.moved_at) + redis_timeout:
@@ -2205,8 +2205,10 @@ async def keep_link():
                 tell_down(error)
             attempt, link.attempt = link.attempt, loop.create_future()
             attempt.set_result(None)
-        link.is_down, link.returns = False, link.returns + 1
+        link.is_down = False
         log.info("Redis de volta")
+        if meter is not None:
+            meter.returns.inc()
         tell_systemd()
         take_up(catch_up)
         # Uma recusa que dura seria achada de novo logo depois de reabrir.
@@ -2222,12 +2224,15 @@ def tell_down(error):
     """
     words = reason(error)
     if not link.is_down:
-        link.is_down, link.cuts = True, link.cuts + 1
+        link.is_down = True
         log.warning("Redis fora do ar: %s", words)
         tell_systemd()
-    elif isinstance(error, redis.ResponseError | redis.AuthenticationError | redis.BusyLoadingError):
+        if meter is not None:
+            meter.cuts.inc()
+    elif words != link.told and isinstance(error, redis.ResponseError | redis.AuthenticationError | redis.BusyLoadingError):
         # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
-        warn_rarely(f"Redis ainda fora do ar: {words}")
+        log.warning("Redis ainda fora do ar: %s", words)
+    link.told = words
 
 
 async def examine(part):
@@ -2262,8 +2267,9 @@ async def renew_keys():
     while True:
         await asyncio.sleep(REDIS_TTL / 3)
         for part in slices(live):
-            tasks = [each.task for each in part]
-            replies = await link.insist(*[("EXPIRE", key, REDIS_TTL) for task in tasks for key in (task.key, task.list)])
+            # Quem espera tem a lista vazia, e uma lista vazia não existe.
+            keys = [each.task.key for each in part] + [each.task.list for each in part if each.is_noticed]
+            replies = await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in keys])
             if error := first_error(replies):
                 warn_rarely(f"o Redis não renovou a validade das chaves: {reason(error)}")
             # NOLOOP cala a mudança de uma chave que nós também mudamos no mesmo instante, e EXPIRE é mudar.
@@ -2342,7 +2348,9 @@ async def look_for_dead():
     start, found = 0, [b""] * dead_queued * bool(REDIS_QUEUE)
     while len(found) == dead_queued:
         found, = await link.insist(("LRANGE", REDIS_QUEUE, start, start + dead_queued - 1))
-        if isinstance(found, Exception) or not found:
+        if isinstance(found, Exception):
+            warn_rarely(f"REDIS_QUEUE: as tarefas mortas não são procuradas na fila: {reason(found)}")
+        if not found or isinstance(found, Exception):
             break
         exist = await link.insist(*[("EXISTS", key) for key in found])
         # Do que não é tarefa, posto ali por outro programa, a falta da chave nada diz.
@@ -2407,16 +2415,24 @@ error_headers = {
 }
 
 
-class any_target(werkzeug.routing.BaseConverter):
-    """Qualquer caminho, com barras repetidas ou quebras de linha: o worker recebe o que o cliente enviou."""
-
-    regex = "(?s:.*)"
-    part_isolating = False
-
-
 app = flask.Flask(program, static_folder=None)
-app.url_map.merge_slashes = False
-app.url_map.converters["target"] = any_target
+plain_app = app.wsgi_app
+
+
+def route_as_sent(environ, start_response):
+    """Mostra ao roteador só o que ele deve distinguir: juntaria barras e decodificaria o caminho.
+
+    Argumentos:
+        environ (dict): ambiente WSGI; o worker recebe o alvo de REQUEST_URI.
+        start_response (callable): função do WSGI.
+    Retorna:
+        iterable: trechos de bytes da resposta.
+    """
+    environ["PATH_INFO"] = "/ping" if request_target(environ)[0] == "/ping" else "/"
+    return plain_app(environ, start_response)
+
+
+app.wsgi_app = route_as_sent
 
 
 def call_loop(coroutine):
@@ -2505,6 +2521,7 @@ def sign(response):
     """
     response.headers["X-Author"] = author
     response.headers.extend(cors_headers(flask.request.headers.get("Origin")))
+    close_after(flask.request.environ)
     return response
 
 
@@ -2530,7 +2547,7 @@ def admit():
             if request.headers.get("Access-Control-Request-Private-Network") == "true":
                 response.headers["Access-Control-Allow-Private-Network"] = "true"
         return response
-    if AUTH_TOKEN and request_target(request.environ)[0] != "/ping":
+    if AUTH_TOKEN and request.path != "/ping":
         scheme, _, token = request.headers.get("Authorization", "").strip().partition(" ")
         given = token.strip().encode("latin-1", "replace")
         # Todos são comparados, e por inteiro: o tempo da resposta não diz quanto se acertou.
@@ -2632,12 +2649,10 @@ class stream_response(flask.Response):
         return hand_over(environ, self.owner, "\r\n".join(rows).encode("latin-1"))
 
 
-@app.route("/<target:target>", methods=all_methods, provide_automatic_options=False)
-def streaming(target):
+@app.route("/", methods=all_methods, provide_automatic_options=False)
+def streaming():
     """Função principal: atende um cliente, da requisição à entrega do socket ao laço.
 
-    Argumentos:
-        target (str): caminho decodificado, sem uso: o worker recebe o que veio.
     Retorna:
         stream_response: o streaming.
     Levanta:
@@ -2702,6 +2717,17 @@ def client_socket(environ):
     return disconnected.__self__.socket if disconnected else environ["werkzeug.socket"]
 
 
+def close_after(environ):
+    """Faz o servidor HTTP fechar a conexão depois desta resposta; o do Flask já o faz.
+
+    Argumentos:
+        environ (dict): ambiente WSGI.
+    """
+    if disconnected := environ.get("waitress.client_disconnected"):
+        # O WSGI não deixa a aplicação dizê-lo; é como se o cliente o tivesse pedido.
+        disconnected.__self__.requests[0].headers["CONNECTION"] = "close"
+
+
 def hand_over(environ, owner, head):
     """Entrega o socket de um cliente ao laço.
 
@@ -2761,6 +2787,14 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         super().handle_one_request()
         self.close_connection = True
 
+    def handle_expect_100(self):
+        """Deixa o "100 Continue" para o werkzeug, que também o envia.
+
+        Retorna:
+            bool: verdadeiro: a requisição segue.
+        """
+        return True
+
     def make_environ(self):
         """Completa o ambiente WSGI.
 
@@ -2770,7 +2804,11 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         if self.request_version != "HTTP/1.1":
             # Quem fala HTTP/1.0 não conhece chunks.
             self.protocol_version = "HTTP/1.0"
-        return super().make_environ() | {"REQUEST_URI": self.requestline.split()[1]}
+        environ = super().make_environ() | {"REQUEST_URI": self.requestline.split(" ")[1]}
+        if cookies := self.headers.get_all("Cookie"):
+            # Juntos por vírgula, que pode estar em um valor, não se saberia onde cada um acaba (RFC 9113, 8.2.3).
+            environ["HTTP_COOKIE"] = "; ".join(cookies)
+        return environ
 
     def send_error(self, code, message=None, explain=None):
         """Responde a uma requisição que não chega à aplicação.
@@ -2841,7 +2879,7 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
         """
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
-            log.error("falha interna em uma conexão: %s: %s", type(error).__name__, error)
+            warn_rarely(f"o servidor HTTP não entendeu uma requisição: {type(error).__name__}: {error}", "requisição")
 
 
 class waitress_error:
@@ -2886,7 +2924,8 @@ class waitress_channel(waitress.channel.HTTPChannel):
     def service(self):
         """Atende a requisição, na thread dela."""
         request = self.requests[0]
-        request.headers["CONNECTION"] = "close"
+        if "COOKIE" in request.headers:
+            request.headers["COOKIE"] = request.headers["COOKIE"].replace(", ", "; ")
         if request.error:
             request.error = waitress_error(request)
         super().service()
@@ -3051,6 +3090,8 @@ class metrics_meter:
 
     def __init__(self):
         """Cria as métricas, todas em zero."""
+        # O instante em que cada série nasceu seria outra série, que nenhum painel usa.
+        os.environ["PROMETHEUS_DISABLE_CREATED_SERIES"] = "true"
         # Importado só aqui: sem métricas, o módulo pode nem existir.
         import prometheus_client
 
