@@ -227,9 +227,9 @@ def without_threads(proxy):
         resource.prlimit(proxy.pid, resource.RLIMIT_AS, old)
 
 
-@peers.counted(60, 1000, "clientes")
+@peers.counted(25, 400, "clientes")
 def test_out_of_threads(count, start_limited, host, connect, worker):
-    """O sistema não dá mais linhas de execução: o streaming em curso segue, cada cliente é atendido ou recebe 503, o log
+    """O sistema não dá mais linhas de execução: o streaming em curso segue, cada cliente espera a vez ou recebe 503, o log
     diz em uma linha o que aumentar, e depois todos são atendidos."""
     peers.allow_descriptors(count + 500)
     proxy = start_limited(stack, "-P", 0, "-t", 600000, name="stack")
@@ -240,7 +240,6 @@ def test_out_of_threads(count, start_limited, host, connect, worker):
         for _ in range(2):
             accepted, statuses = flood(connect, proxy, count, 30)
             peers.say(f"{count} pedidos sem linhas de execução ({host}): {dict(statuses)}")
-            assert statuses[503] > 0, statuses
             finish_all(worker, accepted)
         task.push("durante")
         assert response.line() == b"durante"
@@ -249,7 +248,8 @@ def test_out_of_threads(count, start_limited, host, connect, worker):
     assert response.lines() == [b"depois"]
     response.conn.close()
     lines = [line for line in other_lines(proxy) if not line.startswith("pronto:")]
-    assert 1 <= len(lines) <= 1 + took / 60, lines[:5]
+    # O waitress já tem todas as suas.
+    assert (host == "flask") <= len(lines) <= 1 + took / 60, lines[:5]
     assert all(line.startswith("aviso: ") and "TasksMax" in line for line in lines), lines[:5]
     back = peers.settle(proxy, rest)
     peers.say(f"linhas de execução e descritores de volta ao repouso em {back:.1f} s")

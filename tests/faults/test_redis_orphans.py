@@ -91,14 +91,11 @@ def make_untouchable(client, prefix):
         "outra_" + prefix + "x": -1,
         prefix[:-1]: -1,
         "la123x_" + str(uuid.uuid4()): -1,
-        # Nossa, mas de um stream vivo em outro proxy: a chave da tarefa existe.
-        prefix + "viva": -1,
         # Já tem validade, mais longa que REDIS_TTL.
         prefix + "marcada": 86400,
     }
     for name in names:
         client.rpush(name, "x")
-    client.set(harness.default_prefix + "viva", "{}")
     client.expire(prefix + "marcada", 86400)
     # Não são listas.
     client.set(prefix + "texto", "x")
@@ -116,7 +113,7 @@ def check_untouched(client, names):
     for name, wanted in names.items():
         found = client.ttl(name)
         assert found == wanted or (wanted > 0 and wanted - 300 < found <= wanted), (name, found, wanted)
-    client.delete(*names, harness.default_prefix + "viva")
+    client.delete(*names)
 
 
 @pytest.mark.parametrize("name", prefixes)
@@ -166,7 +163,7 @@ def test_worker_that_keeps_pushing(start_redis, start_proxy, connect, start_work
     continua: o aviso do Redis nomeia cada lista, que logo tem validade. As dos streams vivos continuam a ser renovadas."""
     server = start_redis()
     client = server.client()
-    proxy = start_proxy("--ttl", 9, redis=server)
+    proxy = start_proxy("--ttl", 4, redis=server)
     worker = start_worker(client)
     live, live_task = support.open_stream(connect, proxy, worker)
     pairs = redis_faults.open_many(connect, proxy, worker, count)
@@ -198,7 +195,7 @@ def test_worker_that_keeps_pushing(start_redis, start_proxy, connect, start_work
     assert live.line() == b"viva"
     live_task.finish("fim")
     assert live.lines() == [b"fim"]
-    harness.eventually(lambda: not client.keys("*"), 9 + slack, "listas vencidas")
+    harness.eventually(lambda: not client.keys("*"), 4 + slack, "listas vencidas")
 
 
 @pytest.mark.parametrize("count", [orphans], ids=[f"{orphans}_streams"])
@@ -206,7 +203,7 @@ def test_proxy_killed(start_redis, start_proxy, connect, start_worker, count):
     """kill -9 do proxy com streams vivos, cujos workers continuam: outro proxy dá validade a todas as listas."""
     server = start_redis()
     client = server.client()
-    proxy = start_proxy("--ttl", 5, redis=server)
+    proxy = start_proxy("--ttl", 3, redis=server)
     pairs = redis_faults.open_many(connect, proxy, start_worker(client), count)
     proxy.kill()
     for _, task in pairs:
@@ -214,11 +211,11 @@ def test_proxy_killed(start_redis, start_proxy, connect, start_worker, count):
     names = [task.list for _, task in pairs]
     assert set(lifetimes(client, names)) == {-1}
     # As chaves das tarefas vencem por si; até lá, as listas têm dona.
-    harness.eventually(lambda: not client.exists(*[task.key for _, task in pairs]), 5 + slack, "tarefas vencidas")
-    start_proxy("--ttl", 5, redis=server)
+    harness.eventually(lambda: not client.exists(*[task.key for _, task in pairs]), 3 + slack, "tarefas vencidas")
+    start_proxy("--ttl", 3, redis=server)
     harness.eventually(lambda: all(left != -1 for left in lifetimes(client, names)), first_pass, "validade de todas")
     peers.say(f"{count} streams mortos com o proxy: todas as listas com validade")
-    harness.eventually(lambda: not client.keys("*"), 5 + slack, "listas vencidas")
+    harness.eventually(lambda: not client.keys("*"), 3 + slack, "listas vencidas")
 
 
 @pytest.mark.parametrize("count", [foreign_keys], ids=[f"{foreign_keys}_chaves_alheias"])

@@ -207,7 +207,7 @@ states = {
     "NOPERM_tudo": denied("-@all", statuses=(500, 504)),
     "NOPERM_evalsha": denied("-evalsha", statuses=(200,)),
     "NOPERM_lpop": denied("-lpop", statuses=(200,), words="(?i)no permissions|can't run this command|ACL failure"),
-    "NOPERM_exists": denied("-exists", statuses=(200,)),
+    "NOPERM_type": denied("-type", statuses=(200,), words="(?i)no permissions|can't run this command|ACL failure"),
     "NOPERM_expire": denied("-expire", statuses=(200,), flags=("--ttl", 6)),
     "NOPERM_unlink": denied("-unlink", statuses=(200,)),
 }
