@@ -90,18 +90,19 @@ def leaks(threads, sockets):
 @pytest.fixture(autouse=True)
 def leak_check():
     """Verificação de vazamentos, automática: depois de cada prova não sobra processo, linha de execução, soquete
-    nem chave no Redis da sessão; e os proxies partilhados voltam a ter os soquetes do repouso. (As linhas de execução
-    deles esperam um tempo pelo cliente seguinte antes de sair: quem as conta é test_http.test_threads_come_back.)"""
+    nem chave no Redis da sessão; e os proxies partilhados voltam a ter os soquetes do repouso."""
     threads = set(threading.enumerate())
     sockets = harness.socket_inodes()
     yield
     if resident.redis is not None:
         resident.redis.close_clients()
-    gc.collect()
     last = {}
 
     def clean():
         """Guarda em last o que sobrou e diz se nada sobrou (bool)."""
+        if last:
+            # O soquete de um ciclo só se fecha quando este é recolhido.
+            gc.collect()
         last.clear()
         last.update(leaks(threads, sockets))
         return not last
@@ -255,35 +256,63 @@ def proxy(host, start_proxy):
 
 
 @pytest.fixture(scope="module")
-def shared_proxy(host, redis_main, tmp_path_factory):
-    """Um proxy com os padrões, partilhado pelas provas do módulo: mais barato, para as que não mexem nele.
+def share_proxy(redis_main, tmp_path_factory):
+    """Fábrica de proxies partilhados pelas provas do módulo: share_proxy(*flags, host="flask", env={}).
+
+    O primeiro pedido de cada conjunto de configurações inicia o proxy; os outros recebem o mesmo. Mais barato, para as
+    provas que não mexem no processo nem no Redis dele, e que só leem do log o que é da sua tarefa.
+
+    Retorno:
+        Função que devolve um harness.proxy_process.
+    """
+    made = {}
+
+    def share(*flags, host="flask", env=None):
+        """Dá o proxy de umas configurações.
+
+        Argumentos:
+            flags: argumentos de linha de comando.
+            host: HTTP_SERVER.
+            env: variáveis de ambiente.
+
+        Retorno:
+            O harness.proxy_process.
+        """
+        key = (host, *map(str, flags), *sorted((env or {}).items()))
+        if key not in made:
+            proxy = make_proxy(tmp_path_factory.mktemp("proxy"), flags, env or {}, "", redis_main, host)
+            made[key] = proxy.start()
+            warm_up(proxy)
+            resident.proxies.append(proxy)
+        return made[key]
+
+    yield share
+    with contextlib.ExitStack() as stack:
+        for proxy in made.values():
+            stack.callback(proxy.stop)
+            if proxy in resident.proxies:
+                resident.proxies.remove(proxy)
+
+
+@pytest.fixture
+def shared_proxy(host, share_proxy):
+    """O proxy partilhado com os padrões, no hospedeiro parametrizado.
 
     Retorno:
         Um harness.proxy_process.
     """
-    proxy = make_proxy(tmp_path_factory.mktemp("proxy"), [], {}, "", redis_main, host).start()
-    with contextlib.closing(redis_main.new_client()) as client, contextlib.closing(harness.worker(client)) as worker:
-        warm_up(proxy, worker)
-    resident.proxies.append(proxy)
-    yield proxy
-    resident.proxies.remove(proxy)
-    proxy.stop()
+    return share_proxy(host=host)
 
 
-def warm_up(proxy, worker):
-    """Faz um ping e uma tarefa, e anota em proxy.rest quantos soquetes o proxy tem em repouso.
+def warm_up(proxy):
+    """Faz um ping, e anota em proxy.rest quantos soquetes o proxy tem em repouso.
 
     Argumentos:
         proxy: o harness.proxy_process.
-        worker: um harness.worker do mesmo Redis.
     """
     start = proxy.sockets()
-    for method, target in (("GET", "/ping"), ("POST", "/")):
-        with contextlib.closing(harness.connection(proxy.port)) as conn:
-            conn.request(method, target)
-            if method == "POST":
-                worker.next().finish()
-            assert conn.response().body() is not None
+    with contextlib.closing(harness.connection(proxy.port)) as conn:
+        assert conn.request("GET", "/ping").response().body() == b"pong"
     harness.eventually(lambda: proxy.sockets() <= start, 5, "soquetes em repouso")
     proxy.rest = proxy.sockets()
 

@@ -149,7 +149,7 @@ def quote(text):
 
 @functools.cache
 def load_program():
-    """Importa o json-proxy.py neste processo, para ler sua tabela de configurações.
+    """Importa o programa neste processo, para ler sua tabela de configurações.
 
     Retorno:
         O módulo, uma vez só por processo.
@@ -190,6 +190,10 @@ def socket_inodes(pid="self"):
     return found
 
 
+# Processos alheios já vistos, pelo número e pelo instante do início: o ambiente de um processo não muda.
+foreign = set()
+
+
 def marked_processes():
     """Procura os processos das provas: os que carregam a marca e os filhos diretos deste, zumbis inclusive.
 
@@ -198,14 +202,20 @@ def marked_processes():
     """
     found = {}
     wanted = f"{mark_name}={mark}".encode()
-    for entry in pathlib.Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
             continue
+        entry = pathlib.Path("/proc", name)
         with contextlib.suppress(OSError, IndexError):
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() or wanted in (entry / "environ").read_bytes().split(b"\0"):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            key = (name, fields[19])
+            if key in foreign:
+                continue
+            if int(fields[1]) == os.getpid() or wanted in (entry / "environ").read_bytes().split(b"\0"):
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
-                found[int(entry.name)] = command.decode(errors="replace").strip()
+                found[int(name)] = command.decode(errors="replace").strip()
+            else:
+                foreign.add(key)
     return found
 
 
@@ -515,6 +525,11 @@ class proxy_process(background):
     def threads(self):
         """Conta as linhas de execução do proxy (int)."""
         return len(os.listdir(f"/proc/{self.pid}/task"))
+
+    def memory(self):
+        """Mede a memória do proxy (PSS, em kB)."""
+        with open(f"/proc/{self.pid}/smaps_rollup", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
 
     def tasks(self):
         """Lê as linhas de fim de tarefa do log.
