@@ -11,6 +11,7 @@ import uuid
 import pytest
 
 import harness
+import support
 
 author = "Patrick Brandao <patrickbrandao@gmail.com>"
 methods = ["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -18,7 +19,8 @@ chunk = "Transfer-Encoding", "chunked"
 
 
 def common(response, server="py-ndjson-proxy"):
-    """Confere o que toda resposta leva: um Server só, X-Author, e nada que o hospedeiro acrescente por conta própria.
+    """Confere o que toda resposta leva: um Server só, X-Author, Connection: close, e nada que o hospedeiro acrescente por
+    conta própria.
 
     Argumentos:
         response: a harness.response com o cabeçalho lido.
@@ -29,8 +31,9 @@ def common(response, server="py-ndjson-proxy"):
     """
     assert response.header_all("Server") == [server], response.head
     assert response.header_all("X-Author") == [author], response.head
+    assert response.header_all("Connection") == ["close"], response.head
     assert response.header_all("Via") == [], response.head
-    for name in ("Date", "Content-Type", "Content-Length", "Transfer-Encoding", "Connection", "Cache-Control"):
+    for name in ("Date", "Content-Type", "Content-Length", "Transfer-Encoding", "Cache-Control"):
         assert len(response.header_all(name)) <= 1, response.head
     return response
 
@@ -48,13 +51,34 @@ def error(response, status, code):
     """
     common(response)
     assert response.status == status, (response.head, response.body())
-    assert response.header("Content-Type").split(";")[0] == "application/json"
+    assert response.header("Content-Type") == "application/json; charset=utf-8"
     content = response.json()
     assert content["error"] == code
     assert isinstance(content["message"], str)
     assert content["message"]
     assert set(content) == {"error", "message"}
     return content
+
+
+def may_refuse(conn):
+    """Espera a resposta a um pedido que cada hospedeiro julga a seu modo: 200, ou um erro em JSON e o fechamento.
+
+    Argumentos:
+        conn: a harness.connection.
+
+    Retorno:
+        Verdadeiro se o pedido é atendido; a resposta está em conn.current.
+    """
+    response = common(conn.response())
+    if response.status == 200:
+        return True
+    assert 400 <= response.status < 600, response.head
+    assert response.header("Content-Type") == "application/json; charset=utf-8"
+    content = response.json()
+    assert set(content) == {"error", "message"}
+    assert content["error"] == "bad_request" or response.status != 400
+    assert conn.at_end()
+    return False
 
 
 @pytest.fixture
@@ -73,6 +97,7 @@ def serve(shared_proxy, connect, worker):
         response = common(conn.response())
         assert response.status == 200
         assert response.lines() == [b"ok"]
+        assert conn.at_end()
         task.gone()
         return response, task
 
@@ -101,13 +126,11 @@ targets = [
     ("/100%", "/100%", ""),
     ("/%zz", "/%zz", ""),
     ("/a;v=1,2:3@x!$&'()*", "/a;v=1,2:3@x!$&'()*", ""),
-    ("/ação/日本/😀", "/ação/日本/😀", ""),
     ("/a%C3%A7%C3%A3o", "/a%C3%A7%C3%A3o", ""),
     ("/%E9", "/%E9", ""),
     ("/x?", "/x", ""),
     ("/x?a=1&b=2&a=3", "/x", "a=1&b=2&a=3"),
     ("/x?q=a%20b+c&r=%2F", "/x", "q=a%20b+c&r=%2F"),
-    ("/x?q=ação&r=a%C3%A7%C3%A3o", "/x", "q=ação&r=a%C3%A7%C3%A3o"),
     ("/x?a?b?c", "/x", "a?b?c"),
     ("/?http://outro.test/y", "/", "http://outro.test/y"),
     ("http://proxy.test/abs/x?y=1", "/abs/x", "y=1"),
@@ -121,29 +144,41 @@ targets = [
 ]
 
 
-@pytest.mark.parametrize(("target", "path", "query"), targets, ids=[row[0][:20] for row in targets])
-def test_target_as_sent(target, path, query, serve):
+def test_target_as_sent(serve):
     """O caminho e a consulta chegam ao worker como foram enviados, sem decodificar nem arrumar nada."""
-    _, task = serve("GET", target)
-    assert (task.info["path"], task.info["query"]) == (path, query)
+    for target, path, query in targets:
+        _, task = serve("GET", target)
+        assert (task.info["path"], task.info["query"]) == (path, query), target
 
 
-def test_target_not_utf8(serve):
-    """Um byte solto fora do UTF-8 no alvo chega em percentual, que é o único modo de escrevê-lo em JSON."""
-    _, task = serve("GET", b"/caf\xe9?q=\xff")
-    assert (task.info["path"], task.info["query"]) == ("/caf%E9", "q=%FF")
+# Bytes soltos fora do ASCII, que nenhuma URL tem, e como chegam; fora do UTF-8, só em percentual cabem em JSON.
+loose_targets = [
+    ("/ação/日本/😀".encode(), "/ação/日本/😀", ""),
+    ("/x?q=ação&r=a%C3%A7%C3%A3o".encode(), "/x", "q=ação&r=a%C3%A7%C3%A3o"),
+    (b"/caf\xe9?q=\xff", "/caf%E9", "q=%FF"),
     # Em latin-1 estes dois são espaços, mas não na linha de requisição.
-    _, task = serve("GET", b"/a\xa0b?q=\x85c")
-    assert (task.info["path"], task.info["query"]) == ("/a%A0b", "q=%85c")
+    (b"/a\xa0b?q=\x85c", "/a%A0b", "q=%85c"),
+]
 
 
-@pytest.mark.parametrize("method", methods)
-def test_methods(method, serve):
+def test_target_not_ascii(shared_proxy, connect, worker):
+    """Um alvo com bytes fora do ASCII chega como foi enviado, se o hospedeiro não o recusa."""
+    for target, path, query in loose_targets:
+        conn = connect(shared_proxy).request("GET", target)
+        if may_refuse(conn):
+            task = worker.next()
+            assert (task.info["path"], task.info["query"]) == (path, query)
+            task.finish("ok")
+            assert conn.current.lines() == [b"ok"]
+        worker.idle()
+
+
+def test_methods(serve):
     """Os cinco métodos são atendidos, com corpo ou sem ele."""
-    _, task = serve(method, "/m")
-    assert (task.info["method"], task.info["body"]) == (method, "")
-    _, task = serve(method, "/m", body='{"a": 1}')
-    assert (task.info["method"], task.info["body"]) == (method, '{"a": 1}')
+    for method in methods:
+        for body in ("", '{"a": 1}'):
+            _, task = serve(method, "/m", body=body or None)
+            assert (task.info["method"], task.info["body"]) == (method, body)
 
 
 def test_task_json(shared_proxy, connect, worker, db):
@@ -179,7 +214,7 @@ def test_request_headers(serve):
     """Os cabeçalhos do cliente chegam ao worker: em UTF-8, repetidos, vazios, com qualquer nome."""
     sent = [("X-Acentos", "ação 😀"), ("X-Dois", "a"), ("X-Dois", "b"), ("X-Vazio", ""), ("x-minusculo", "c")]
     sent += [("X-Brancos", " \t a  b\t ")]
-    sent += [("Cookie", "a=1; b=2"), ("X-Longo", "v" * 6000), ("cookie", 'c="x,d=3"'), ("COOKIE", " e=4 ")]
+    sent += [("Cookie", "a=1; b=2"), ("X-Longo", "v" * 6000), ("cookie", 'c="x"'), ("COOKIE", " e=4 ")]
     # O WSGI não distinguiria este do outro, que o proxy reverso da frente talvez tenha conferido: não chega ao worker.
     sent += [("X-Conta", "certa"), ("X_Conta", "forjada"), ("X_Sublinhado", "a")]
     _, task = serve("GET", "/", sent)
@@ -187,9 +222,9 @@ def test_request_headers(serve):
     assert headers["x-acentos"] == "ação 😀"
     assert re.split(r",\s*", headers["x-dois"]) == ["a", "b"]
     assert headers["x-vazio"] == ""
-    assert headers["x-brancos"] == "a  b"
+    assert headers["x-brancos"].strip() == "a  b"
     assert headers["x-minusculo"] == "c"
-    assert headers["cookie"] == 'a=1; b=2; c="x,d=3"; e=4'
+    assert headers["cookie"].strip() == 'a=1; b=2; c="x"; e=4'
     assert headers["x-longo"] == "v" * 6000
     assert headers["x-conta"] == "certa"
     assert not [name for name in headers if "_" in name or "sublinhado" in name]
@@ -201,7 +236,7 @@ def test_headers_before_the_first_line(shared_proxy, connect, worker):
     response = common(conn.response())
     assert response.chunks == []
     assert (response.version, response.status, response.chunked) == ("HTTP/1.1", 200, True)
-    assert response.header("Content-Type") == "application/x-ndjson"
+    assert response.header("Content-Type") == "application/x-ndjson; charset=utf-8"
     assert response.header("Cache-Control") == "no-cache, no-transform"
     assert response.header("X-Accel-Buffering") == "no"
     assert response.header("X-Content-Type-Options") == "nosniff"
@@ -232,13 +267,12 @@ def test_http10_is_plain(shared_proxy, connect, worker):
 
 
 def test_later_minor_version(shared_proxy, connect, worker):
-    """HTTP/1.2, que ninguém fala, recebe um corpo sem chunks, e o fim dele é o da conexão."""
+    """HTTP/1.2, que ninguém fala, é atendido ou recusado com um erro em JSON, e o corpo acaba por inteiro."""
     conn = connect(shared_proxy).request("POST", "/", version="HTTP/1.2")
-    worker.next().finish("a", "b")
-    response = common(conn.response())
-    assert response.header("Transfer-Encoding") is None
-    assert response.lines() == [b"a", b"b"]
-    assert conn.at_end()
+    if may_refuse(conn):
+        worker.next().finish("a", "b")
+        assert conn.current.lines() == [b"a", b"b"]
+        assert conn.at_end()
 
 
 def test_http10_errors_and_ping(shared_proxy, connect):
@@ -251,19 +285,33 @@ def test_http10_errors_and_ping(shared_proxy, connect):
     assert conn.at_end()
 
 
-def test_connection_after_the_end(shared_proxy, connect, worker):
-    """Depois de um streaming a conexão faz o que disse: fecha, ou atende o pedido seguinte."""
-    conn = connect(shared_proxy).request("POST", "/")
-    worker.next().finish("1")
-    response = conn.response()
-    assert response.lines() == [b"1"]
-    if (response.header("Connection") or "").lower() == "close":
-        assert conn.at_end()
-    else:
-        assert conn.request("GET", "/ping").response().body() == b"pong"
-        conn.request("POST", "/")
-        worker.next().finish("2")
-        assert conn.response().lines() == [b"2"]
+def test_one_request_per_connection(shared_proxy, connect, worker):
+    """Toda resposta diz Connection: close e fecha; o que vier depois do pedido não é lido como outro, nem atrapalha."""
+    for version in ("HTTP/1.1", "HTTP/1.0"):
+        for method, target in (("POST", "/"), ("GET", "/ping"), ("HEAD", "/"), ("OPTIONS", "/"), ("TRACE", "/")):
+            conn = connect(shared_proxy).request(method, target, {"Connection": "keep-alive"}, version=version)
+            if method == "POST":
+                task = worker.next()
+                response = common(conn.response())
+                conn.send(b"GET /outro HTTP/1.1\r\nHost: x\r\n\r\n")
+                task.push("1")
+                assert response.line() == b"1"
+                conn.send(b"x" * 100000)
+                worker.idle()
+                task.finish("2")
+                assert response.lines() == [b"2"]
+            else:
+                common(conn.response()).body()
+            assert conn.at_end()
+    # O segundo pedido já vem junto com o primeiro.
+    conn = connect(shared_proxy)
+    conn.send(b"POST /um HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}POST /dois HTTP/1.1\r\nHost: x\r\n\r\n")
+    task = worker.next()
+    assert (task.info["path"], task.info["body"]) == ("/um", "{}")
+    task.finish("ok")
+    assert conn.response().lines() == [b"ok"]
+    assert conn.at_end()
+    worker.idle()
 
 
 bodies = [
@@ -280,13 +328,13 @@ bodies = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "content_type", "body"), bodies, ids=[row[0] for row in bodies])
-def test_bodies_as_sent(kind, content_type, body, serve):
+def test_bodies_as_sent(serve):
     """O corpo chega como foi enviado, qualquer que seja o tipo declarado, e nunca reescrito."""
-    headers = {"Content-Type": content_type} if content_type else {}
-    _, task = serve("POST", "/", headers, body)
-    assert task.info["body"] == body.decode()
-    assert "body_encoding" not in task.info
+    for kind, content_type, body in bodies:
+        headers = {"Content-Type": content_type} if content_type else {}
+        _, task = serve("POST", "/", headers, body)
+        assert task.info["body"] == body.decode(), kind
+        assert "body_encoding" not in task.info, kind
 
 
 def multipart(binary):
@@ -315,12 +363,12 @@ def test_multipart(serve):
     assert base64.b64decode(task.info["body"], validate=True) == body
 
 
-@pytest.mark.parametrize("body", [b"\xff", b"\x1f\x8b\x08\x00", bytes(range(256)) * 40, b"\xed\xa0\x80"], ids=len)
-def test_binary_body(body, serve):
+def test_binary_body(serve):
     """Um corpo que não é UTF-8 chega em base64, e body_encoding diz isso."""
-    _, task = serve("POST", "/", {"Content-Type": "application/octet-stream"}, body)
-    assert task.info["body_encoding"] == "base64"
-    assert base64.b64decode(task.info["body"], validate=True) == body
+    for body in (b"\xff", b"\x1f\x8b\x08\x00", bytes(range(256)) * 40, b"\xed\xa0\x80"):
+        _, task = serve("POST", "/", {"Content-Type": "application/octet-stream"}, body)
+        assert task.info["body_encoding"] == "base64"
+        assert base64.b64decode(task.info["body"], validate=True) == body
 
 
 def test_empty_body(serve):
@@ -379,10 +427,15 @@ def test_chunked_request_body(content_type, shared_proxy, connect, worker):
     ids=["extensão", "extensão-aspas", "campos-finais", "zeros"],
 )
 def test_chunked_request_extras(raw, shared_proxy, connect, worker):
-    """Extensões e campos finais de um corpo em pedaços, que a RFC manda aceitar e ignorar, não o estragam."""
+    """Extensões e campos finais de um corpo em pedaços são ignorados, ou recusados por inteiro (o werkzeug não os lê)."""
     conn = connect(shared_proxy).request("POST", "/c", [chunk])
     conn.send(raw)
-    serve_body(conn, worker, "corpo")
+    if may_refuse(conn):
+        task = worker.next()
+        assert task.info["body"] == "corpo"
+        task.finish("ok")
+        assert conn.current.lines() == [b"ok"]
+    worker.idle()
 
 
 @pytest.mark.parametrize("size", [2049, 4097, 8193])
@@ -407,14 +460,14 @@ def test_chunked_end_in_two_segments(shared_proxy, connect, worker):
 def test_request_in_small_pieces(shared_proxy, connect, worker):
     """Um pedido que chega aos bocados, cortado no meio de uma letra, é o mesmo pedido."""
     conn = connect(shared_proxy)
-    raw = 'POST /aos-poucos?ç HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\n\r\n{"a": "ção"}'.encode()
+    raw = 'POST /aos-poucos?c HTTP/1.1\r\nHost: x\r\nContent-Length: 12\r\n\r\n{"a": "ção"}'.encode()
     assert raw.endswith(b"}")
     body = raw.partition(b"\r\n\r\n")[2]
     raw = raw.replace(b"Content-Length: 12", b"Content-Length: %d" % len(body))
     for begin in range(0, len(raw), 7):
         conn.send(raw[begin : begin + 7])
     task = worker.next()
-    assert (task.info["path"], task.info["query"], task.info["body"]) == ("/aos-poucos", "ç", body.decode())
+    assert (task.info["path"], task.info["query"], task.info["body"]) == ("/aos-poucos", "c", body.decode())
     task.finish("ok")
     assert conn.response().lines() == [b"ok"]
 
@@ -427,18 +480,9 @@ def test_head_makes_no_task(target, shared_proxy, connect, worker):
     assert response.status == 200
     assert response.header("X-Task-Name") is None
     expected = "text/plain" if target == "/ping" else "application/x-ndjson"
-    assert response.header("Content-Type").split(";")[0] == expected
+    assert response.header("Content-Type") == f"{expected}; charset=utf-8"
+    assert conn.at_end()
     worker.idle()
-    if (response.header("Connection") or "").lower() == "close":
-        assert conn.at_end()
-        return
-    # Nenhum byte de corpo: o pedido seguinte na mesma conexão é entendido. O waitress 2.1 (Debian 12) fecha sem avisar,
-    # o que o HTTP permite; um corpo que tivesse vazado ainda apareceria aqui.
-    conn.request("GET", "/ping")
-    try:
-        assert conn.response().body() == b"pong"
-    except (harness.broken, ConnectionResetError):
-        assert (conn.current.head, conn.current.buffer) == (None, b"")
 
 
 @pytest.mark.parametrize("target", ["/", "/x", "/ping", "*"])
@@ -463,19 +507,6 @@ def test_ping(method, target, fetch, shared_proxy, worker):
     worker.idle()
 
 
-def test_ping_keeps_the_connection(shared_proxy, connect):
-    """Como o README diz: o waitress reaproveita a conexão de quem foi atendido, e o flask a fecha, avisando."""
-    conn = connect(shared_proxy)
-    for _ in range(3):
-        response = common(conn.request("GET", "/ping").response())
-        assert (response.status, response.body()) == (200, b"pong")
-        if shared_proxy.server == "flask":
-            assert response.header("Connection") == "close"
-            assert conn.at_end()
-            return
-        assert response.header("Connection") != "close"
-
-
 @pytest.mark.parametrize("method", ["TRACE", "CONNECT", "PROPFIND", "QUERY", "X-ALGUM"])
 def test_method_not_allowed(method, fetch, shared_proxy, worker):
     """Outros métodos: 405 em JSON, com Allow, sem tarefa."""
@@ -485,11 +516,12 @@ def test_method_not_allowed(method, fetch, shared_proxy, worker):
     worker.idle()
 
 
+# Nenhum destes nomeia um dos nossos tipos, ou só o recusa: vale CONTENT_TYPE.
+others = [None, "*/*", "", "application/*", "text/html", "text/event-stream", ";;;q=x,,/", "application/jsonx"]
+others += ["application/jsonl;q=0", "application/json;q=0"]
+# Accept e o tipo que ele pede.
 accepts = [
-    (None, "application/x-ndjson"),
-    ("*/*", "application/x-ndjson"),
-    ("", "application/x-ndjson"),
-    ("application/*", "application/x-ndjson"),
+    *((accept, None) for accept in others),
     ("application/x-ndjson", "application/x-ndjson"),
     ("application/json-lines", "application/json-lines"),
     ("application/jsonl", "application/jsonl"),
@@ -498,20 +530,41 @@ accepts = [
     ("application/json, application/json-lines;q=0.5", "application/json-lines"),
     ("application/x-ndjson;q=0.1, application/jsonl;q=0.9", "application/jsonl"),
     ("application/jsonl;q=0.5, application/x-ndjson", "application/x-ndjson"),
-    ("text/html", "application/x-ndjson"),
-    ("text/event-stream", "application/x-ndjson"),
-    ("application/json", "application/x-ndjson"),
-    ("application/jsonl;q=0", "application/x-ndjson"),
-    (";;;q=x,,/", "application/x-ndjson"),
+    ("text/html, application/jsonl;q=0.1, */*;q=0.2", "application/jsonl"),
+    # JSON, só para quem não aceita linhas.
+    ("application/json", "application/json"),
+    ("application/json;q=0.1", "application/json"),
+    ("Application/JSON; charset=utf-8, text/plain", "application/json"),
+    ("text/html, application/json", "application/json"),
+    ("application/json, application/jsonl;q=0", "application/json"),
+    ("application/json, */*;q=0", "application/json"),
+    ("application/json, application/*;q=0.0, text/*", "application/json"),
+    ("application/json, */*", None),
+    ("application/json, text/plain, */*", None),
+    ("application/json, application/*;q=0.1", None),
 ]
+types = ("application/x-ndjson", "application/json-lines", "application/jsonl", "application/json")
 
 
-@pytest.mark.parametrize(("accept", "expected"), accepts)
-def test_accept(accept, expected, serve):
-    """O tipo é application/x-ndjson, ou o que Accept nomear entre os três; nunca 406."""
-    headers = {} if accept is None else {"Accept": accept}
-    response, _ = serve("GET", "/", headers)
-    assert response.header("Content-Type").split(";")[0] == expected
+@pytest.mark.parametrize("default", types)
+def test_accept(default, share_proxy, connect, worker):
+    """O tipo é o que Accept nomear entre os nossos, JSON só a quem não aceita linhas, ou CONTENT_TYPE; nunca 406."""
+    proxy = share_proxy() if default == types[0] else share_proxy("--content-type", default)
+    for accept, expected in accepts:
+        conn = connect(proxy).request("GET", "/", {} if accept is None else {"Accept": accept})
+        worker.next().finish('{"a": 1}')
+        response = common(conn.response())
+        assert (response.status, response.body()) == (200, b'{"a": 1}\n')
+        assert response.header("Content-Type") == f"{expected or default}; charset=utf-8", accept
+        conn.close()
+    response = connect(proxy).request("HEAD", "/", {"Accept": "application/json"}).response()
+    assert response.header("Content-Type") == "application/json; charset=utf-8"
+
+
+def test_accept_in_several_lines(serve):
+    """Linhas repetidas de Accept são uma lista só."""
+    response, _ = serve("GET", "/", [("Accept", "application/json"), ("Accept", "application/jsonl;q=0.2")])
+    assert response.header("Content-Type") == "application/jsonl; charset=utf-8"
 
 
 @pytest.mark.parametrize("coding", ["length", "chunked"])
@@ -546,9 +599,10 @@ def test_expect_continue_without_waiting(shared_proxy, connect, worker):
 
 @pytest.mark.parametrize("length", [{}, {"Content-Length": "0"}], ids=["sem", "zero"])
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_expect_continue_without_a_body(method, length, shared_proxy, connect, worker):
-    """Um pedido sem corpo que pergunta se pode enviá-lo é atendido como os outros, e não espera por nada."""
-    conn = connect(shared_proxy).request(method, "/e", {"Expect": "100-continue", **length})
+def test_expect_continue_without_a_body(method, length, share_proxy, connect, worker):
+    """Um pedido sem corpo que pergunta ao flask se pode enviá-lo, o que a RFC 9110 proíbe, é atendido como os outros. (O
+    waitress espera pelo corpo.)"""
+    conn = connect(share_proxy()).request(method, "/e", {"Expect": "100-continue", **length})
     if method == "OPTIONS":
         assert conn.response().status == 204
         return
@@ -568,20 +622,30 @@ def test_expect_continue_in_http10(shared_proxy, connect, worker):
     assert (response.interim, response.lines()) == ([], [b"ok"])
 
 
-def test_expect_continue_too_large(start_proxy, host, connect, worker):
-    """Quem pergunta antes de enviar um corpo grande demais recebe 413 sem enviá-lo."""
-    proxy = start_proxy("--max-body", "1000")
-    conn = connect(proxy).request("POST", "/e", {"Expect": "100-continue", "Content-Length": "1001"})
+@pytest.fixture
+def small(share_proxy, host):
+    """Um proxy que só aceita corpos de até 1000 bytes, no hospedeiro parametrizado.
+
+    Retorno:
+        Um harness.proxy_process.
+    """
+    return share_proxy("--max-body", "1000", host=host)
+
+
+def test_expect_continue_too_large(small, host, connect, worker):
+    """Quem pergunta antes de enviar um corpo grande demais recebe 413 sem enviá-lo; o waitress deixa enviar."""
+    conn = connect(small).request("POST", "/e", {"Expect": "100-continue", "Content-Length": "1001"})
+    if host == "waitress":
+        conn.send(b"x" * 1001)
     error(conn.response(), 413, "body_too_large")
     worker.idle()
 
 
 @pytest.mark.parametrize("size", [1001, 300000, 5000000])
 @pytest.mark.parametrize("coding", ["length", "chunked"])
-def test_body_too_large(size, coding, start_proxy, host, connect, worker):
+def test_body_too_large(size, coding, small, connect, worker):
     """Um corpo maior que MAX_BODY: 413 em JSON, mesmo a quem só lê depois de enviar tudo; sem tarefa."""
-    proxy = start_proxy("--max-body", "1000")
-    conn = connect(proxy)
+    conn = connect(small)
     body = b"x" * size
     # O proxy pode responder e fechar antes do fim do corpo; a resposta ainda deve poder ser lida.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -598,10 +662,9 @@ def test_body_too_large(size, coding, start_proxy, host, connect, worker):
 
 
 @pytest.mark.parametrize("coding", ["length", "chunked"])
-def test_body_of_exactly_the_limit(coding, start_proxy, host, connect, worker):
+def test_body_of_exactly_the_limit(coding, small, connect, worker):
     """Um corpo de exatamente MAX_BODY bytes é aceito."""
-    proxy = start_proxy("--max-body", "1000")
-    conn = connect(proxy)
+    conn = connect(small)
     if coding == "length":
         conn.request("POST", "/", body=b"x" * 1000)
     else:
@@ -612,9 +675,9 @@ def test_body_of_exactly_the_limit(coding, start_proxy, host, connect, worker):
     assert conn.response().lines() == []
 
 
-def test_no_body_allowed(start_proxy, host, connect, worker):
+def test_no_body_allowed(share_proxy, host, connect, worker):
     """MAX_BODY=0 recusa qualquer corpo e aceita pedidos sem ele."""
-    proxy = start_proxy("--max-body", "0")
+    proxy = share_proxy("--max-body", "0", host=host)
     error(connect(proxy).request("POST", "/", body="x").response(), 413, "body_too_large")
     worker.idle()
     conn = connect(proxy).request("GET", "/")
@@ -637,42 +700,45 @@ def test_body_cut_short(shared_proxy, connect, worker):
         worker.idle()
 
 
-# Nas três primeiras, o waitress 2.1 (Debian 12) toma a linha inteira por um método, e a resposta é 405.
-malformed = [
-    ("linha", b"LIXO\r\n\r\n", {400, 405}),
-    ("linha-vazia-de-sentido", b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", {400, 405}),
-    ("quatro-palavras", b"GET / a HTTP/1.1\r\nHost: x\r\n\r\n", {400, 405}),
-    ("colchetes", b"GET http://[:::]/ HTTP/1.1\r\nHost: x\r\n\r\n", {400}),
-    ("tamanho-texto", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n", {400}),
-    ("tamanho-negativo", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", {400}),
-    ("tamanho-mais", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +5\r\n\r\nabcde", {400}),
-    ("dois-tamanhos", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", {400}),
-    ("pedaço", b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n", {400}),
-    ("pedaço-negativo", b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n\r\n", {400}),
-    ("codificação", b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n", {400, 501}),
-    ("sem-dois-pontos", b"POST / HTTP/1.1\r\nHost: x\r\nlixo\r\nContent-Length: 2\r\n\r\nab", {400}),
-    ("nome-com-espaço", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length : 2\r\n\r\nab", {400}),
-    ("linha-longa", b"GET /" + b"a" * 300000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", {400, 414, 431}),
-    ("cabeçalho-longo", b"GET / HTTP/1.1\r\nX: " + b"a" * 300000 + b"\r\n\r\n", {400, 431}),
-    ("muitos-cabeçalhos", b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 60000 + b"\r\n", {400, 431}),
-]
+# Quem julga estes é o hospedeiro, e os dois não julgam igual: o que um recusa o outro pode atender.
+malformed = {
+    "linha": b"LIXO\r\n\r\n",
+    "linha-vazia-de-sentido": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+    "quatro-palavras": b"GET / a HTTP/1.1\r\nHost: x\r\n\r\n",
+    "versão": b"GET / HTTP/3.0\r\nHost: x\r\n\r\n",
+    "colchetes": b"GET http://[:::]/ HTTP/1.1\r\nHost: x\r\n\r\n",
+    "tamanho-texto": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n",
+    "tamanho-negativo": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+    "tamanho-mais": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +5\r\n\r\nabcde",
+    "dois-tamanhos": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    "pedaço": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n\r\n",
+    "pedaço-negativo": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n\r\n",
+    "codificação": b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\n\r\n",
+    "sem-dois-pontos": b"POST / HTTP/1.1\r\nHost: x\r\nlixo\r\nContent-Length: 2\r\n\r\nab",
+    "nome-com-espaço": b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length : 2\r\n\r\nab",
+    "linha-longa": b"GET /" + b"a" * 300000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "cabeçalho-longo": b"GET / HTTP/1.1\r\nX: " + b"a" * 300000 + b"\r\n\r\n",
+    "muitos-cabeçalhos": b"GET / HTTP/1.1\r\n" + b"X: a\r\n" * 60000 + b"\r\n",
+}
+# O que nenhum hospedeiro pode tomar por um pedido.
+unreadable = {"linha", "linha-vazia-de-sentido", "linha-longa", "cabeçalho-longo", "muitos-cabeçalhos", "pedaço"}
 
 
-@pytest.mark.parametrize(("kind", "raw", "statuses"), malformed, ids=[row[0] for row in malformed])
-def test_malformed_requests(kind, raw, statuses, shared_proxy, connect, fetch, worker):
+@pytest.mark.parametrize("kind", malformed)
+def test_malformed_requests(kind, shared_proxy, connect, fetch, worker):
     """Um pedido que não é HTTP: um erro em JSON com Server e X-Author, sem tarefa; e o proxy segue atendendo."""
     conn = connect(shared_proxy)
     # Recusado antes do fim, o envio pode falhar; a resposta ainda deve poder ser lida.
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        conn.send(raw)
-    response = common(conn.response())
-    assert response.status in statuses, response.head
-    assert response.header("Content-Type").split(";")[0] == "application/json"
-    content = response.json()
-    assert set(content) == {"error", "message"}
-    if response.status == 400:
-        assert content["error"] == "bad_request"
-    assert conn.at_end()
+        conn.send(malformed[kind])
+    # Há quem atenda sem o corpo que não entendeu, e quem espere por ele.
+    with contextlib.suppress(OSError):
+        conn.half_close()
+    if may_refuse(conn):
+        assert kind not in unreadable
+        # Quem fechou o seu lado de envio é um cliente que saiu.
+        key = worker.next_key()
+        harness.eventually(lambda: not worker.client.exists(key), 2, "tarefa apagada")
     worker.idle()
     assert fetch(shared_proxy, "GET", "/ping").body() == b"pong"
 
@@ -708,54 +774,6 @@ def test_task_refused_by_redis(start_redis, start_proxy, host, connect, start_wo
     conn = connect(proxy).request("POST", "/")
     worker.next().finish("ok")
     assert conn.response().lines() == [b"ok"]
-
-
-def test_redis_down(start_redis, start_proxy, host, connect, start_worker):
-    """Redis fora do ar: 504 em JSON e /ping 500 em texto, cada um em menos de 6 s; de volta, o próximo é atendido."""
-    server = start_redis()
-    proxy = start_proxy(redis=server)
-    server.kill()
-    began = time.monotonic()
-    error(connect(proxy).request("POST", "/").response(), 504, "redis_unavailable")
-    assert time.monotonic() - began < 6
-    began = time.monotonic()
-    response = common(connect(proxy).request("GET", "/ping").response())
-    assert time.monotonic() - began < 6
-    assert response.status == 500
-    assert response.header("Content-Type").split(";")[0] == "text/plain"
-    assert response.body() != b"pong"
-    server.start()
-    worker = start_worker(server.client())
-    conn = connect(proxy).request("POST", "/")
-    worker.next().finish("ok")
-    assert conn.response().lines() == [b"ok"]
-
-
-def test_too_many_streams(start_proxy, host, connect, worker):
-    """Um streaming além de MAX_STREAMS: 503 em JSON com Retry-After, sem tarefa; /ping segue respondendo."""
-    proxy = start_proxy("--max-streams", "1")
-    first = connect(proxy).request("POST", "/")
-    task = worker.next()
-    refused = connect(proxy).request("POST", "/").response()
-    error(refused, 503, "too_many_streams")
-    assert refused.header("Retry-After").isdigit()
-    # Guardada, a conexão de quem foi recusado ocuparia um descritor.
-    assert refused.header("Connection") == "close"
-    assert refused.conn.at_end()
-    worker.idle()
-    assert connect(proxy).request("GET", "/ping").response().body() == b"pong"
-    task.finish("ok")
-    assert first.response().lines() == [b"ok"]
-    task.gone()
-
-    def accepted():
-        """Tenta de novo; devolve a resposta aceita, ou None se o lugar ainda não vagou."""
-        again = connect(proxy).request("POST", "/").response()
-        return again if again.status == 200 else None
-
-    again = harness.eventually(accepted, 5, "o lugar do que terminou")
-    worker.next().finish("2")
-    assert again.lines() == [b"2"]
 
 
 def test_servername(start_proxy, host, connect, worker):
@@ -801,50 +819,55 @@ def origins(response):
     return response.header("Access-Control-Allow-Origin"), vary
 
 
-@pytest.mark.parametrize(
-    ("setting", "origin", "allowed"),
-    [
-        ("*", "https://qualquer.test", "*"),
-        ("*", None, "*"),
-        ("https://a.test", "https://a.test", "https://a.test"),
-        ("https://a.test, http://b.test:8080", "http://b.test:8080", "http://b.test:8080"),
-        ("https://a.test http://b.test:8080", "https://a.test", "https://a.test"),
-        ("https://a.test", "https://outro.test", None),
-        ("https://a.test", "http://a.test", None),
-        ("https://a.test", "https://a.test.outro", None),
-        ("https://a.test", "null", None),
-        ("https://a.test", None, None),
-        ("", "https://a.test", None),
-        ("https://a.example:443", "https://a.example", "https://a.example"),
-        ("http://a.example:80/", "http://a.example", "http://a.example"),
-        ("http://a.example:443", "http://a.example:443", "http://a.example:443"),
-        ("http://a.example:443", "http://a.example", None),
-        ("https://exemplo.ção", "https://exemplo.xn--o-xfal", "https://exemplo.xn--o-xfal"),
-        ("http://[::1]:8080", "http://[::1]:8080", "http://[::1]:8080"),
-    ],
+origin_list = (
+    "https://a.test, http://b.test:8080 https://d.test:443,http://e.test:80/ http://f.test:443 https://exemplo.ção "
+    "http://[::1]:8080"
 )
-def test_cors(setting, origin, allowed, start_proxy, host, connect, worker):
+# CORS_ORIGIN, a origem da página e a que a resposta diz permitir.
+cors = [
+    ("*", "https://qualquer.test", "*"),
+    ("*", None, "*"),
+    ("", "https://a.test", None),
+    (origin_list, "https://a.test", "https://a.test"),
+    (origin_list, "http://b.test:8080", "http://b.test:8080"),
+    (origin_list, "https://outro.test", None),
+    (origin_list, "http://a.test", None),
+    (origin_list, "https://a.test.outro", None),
+    (origin_list, "null", None),
+    (origin_list, None, None),
+    (origin_list, "https://d.test", "https://d.test"),
+    (origin_list, "http://e.test", "http://e.test"),
+    (origin_list, "http://f.test:443", "http://f.test:443"),
+    (origin_list, "http://f.test", None),
+    (origin_list, "https://exemplo.xn--o-xfal", "https://exemplo.xn--o-xfal"),
+    (origin_list, "http://[::1]:8080", "http://[::1]:8080"),
+]
+
+
+def test_cors(share_proxy, host, connect, worker):
     """CORS_ORIGIN: cada resposta, erros inclusive, diz uma vez a origem permitida, e nada às outras."""
-    proxy = start_proxy("--cors-origin", setting, "--max-body", "10")
-    headers = {"Origin": origin} if origin else {}
-    conn = connect(proxy).request("POST", "/", headers)
-    worker.next().finish()
-    stream = common(conn.response())
-    exposed = re.split(r",\s*", stream.header("Access-Control-Expose-Headers") or "")
-    assert ("X-Task-Name" in exposed) == (allowed is not None)
-    others = [
-        connect(proxy).request("GET", "/ping", headers).response(),
-        connect(proxy).request("TRACE", "/", headers).response(),
-        connect(proxy).request("POST", "/", headers, "x" * 11).response(),
-        connect(proxy).request("OPTIONS", "/", headers).response(),
-    ]
-    assert [response.status for response in others[:3]] == [200, 405, 413]
-    for response in (stream, *others):
-        found, vary = origins(common(response))
-        assert found == allowed, response.head
-        # Uma resposta que depende da origem não pode ser guardada para outra.
-        assert "origin" in vary or setting in ("", "*"), response.head
-        response.body()
+    for setting, origin, allowed in cors:
+        proxy = share_proxy("--cors-origin", setting, "--max-body", "10", host=host)
+        headers = {"Origin": origin} if origin else {}
+        conn = connect(proxy).request("POST", "/", headers)
+        worker.next().finish()
+        stream = common(conn.response())
+        exposed = re.split(r",\s*", stream.header("Access-Control-Expose-Headers") or "")
+        assert ("X-Task-Name" in exposed) == (allowed is not None)
+        others = [
+            connect(proxy).request("GET", "/ping", headers).response(),
+            connect(proxy).request("TRACE", "/", headers).response(),
+            connect(proxy).request("POST", "/", headers, "x" * 11).response(),
+            connect(proxy).request("OPTIONS", "/", headers).response(),
+        ]
+        assert [response.status for response in others[:3]] == [200, 405, 413]
+        for response in (stream, *others):
+            found, vary = origins(common(response))
+            assert found == allowed, (setting, origin, response.head)
+            # Uma resposta que depende da origem não pode ser guardada para outra.
+            assert "origin" in vary or setting in ("", "*"), response.head
+            response.body()
+            response.conn.close()
 
 
 def test_cors_preflight(start_proxy, host, fetch, worker):
@@ -879,32 +902,50 @@ unfinished = {
 }
 
 
-@pytest.mark.parametrize("rest", unfinished.values(), ids=unfinished)
-@pytest.mark.parametrize(("origin", "allowed"), [("https://a.test", "https://a.test"), ("https://b.test", None)])
-def test_cors_of_a_late_request(origin, allowed, rest, start_proxy, host, connect, worker):
-    """O 408 de um pedido que não chegou inteiro, mas cujo Origin chegou, pode ser lido pela página que o fez."""
-    proxy = start_proxy("--cors-origin", "https://a.test", "--request-timeout", "2000")
-    conn = connect(proxy)
-    conn.send(b"POST / HTTP/1.1\r\nHost: x\r\nOrigin: %s\r\n%s" % (origin.encode(), rest))
-    response = conn.response()
-    error(response, 408, "request_timeout")
-    assert origins(response) == (allowed, {"origin"})
-    assert conn.at_end()
+def test_cors_of_a_late_request(share_proxy, host, connect, worker):
+    """O 408 de um pedido que não chegou inteiro, mas cujo Origin chegou, pode ser lido pela página que o fez. O waitress
+    fecha sem responder."""
+    proxy = share_proxy("--cors-origin", "https://a.test", "--request-timeout", "2000", host=host)
+    opened = []
+    for rest in unfinished.values():
+        for origin, allowed in (("https://a.test", "https://a.test"), ("https://b.test", None)):
+            conn = connect(proxy)
+            conn.send(b"POST / HTTP/1.1\r\nHost: x\r\nOrigin: %s\r\n%s" % (origin.encode(), rest))
+            opened.append((conn, allowed))
+    for conn, allowed in opened:
+        if host == "flask":
+            response = conn.response()
+            error(response, 408, "request_timeout")
+            assert origins(response) == (allowed, {"origin"})
+        assert conn.at_end()
     worker.idle()
 
 
-@pytest.mark.parametrize(("origin", "allowed"), [("https://a.test", "https://a.test"), ("https://b.test", None)])
-def test_cors_of_a_huge_header(origin, allowed, start_proxy, host, connect, worker):
-    """O 431 de um cabeçalho enorme que vem depois do Origin também, caiba ele ou não no que o servidor lê."""
-    proxy = start_proxy("--cors-origin", "https://a.test")
-    for size in (70000, 1000000):
-        conn = connect(proxy)
-        # Recusado antes do fim, o envio pode falhar; a resposta ainda deve poder ser lida.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            conn.request("POST", "/", {"Origin": origin, "X-Enorme": "a" * size})
-        response = conn.response()
-        error(response, 431, "headers_too_large")
-        assert origins(response) == (allowed, {"origin"})
+def test_trickled_request(share_proxy, host, connect, worker):
+    """Um pedido que chega a um byte por vez acaba no prazo de REQUEST_TIMEOUT, contado do começo dele."""
+    proxy = share_proxy("--cors-origin", "https://a.test", "--request-timeout", "2000", host=host)
+    conn = connect(proxy)
+    began = time.monotonic()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for byte in b"POST / HTTP/1.1\r\nHost: x\r\nX-Lento: " + b"a" * 40:
+            conn.send(bytes([byte]))
+            time.sleep(0.1)
+            if time.monotonic() - began > 6:
+                break
+    assert 2 <= time.monotonic() - began < 6
+    worker.idle()
+
+
+def test_cors_of_a_huge_header(share_proxy, host, connect, worker):
+    """O 431 de um cabeçalho enorme que vem depois do Origin também pode ser lido."""
+    proxy = share_proxy("--cors-origin", "*", "--max-body", "10", host=host)
+    conn = connect(proxy)
+    # Recusado antes do fim, o envio pode falhar; a resposta ainda deve poder ser lida.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        conn.request("POST", "/", {"Origin": "https://a.test", "X-Enorme": "a" * 1000000})
+    response = conn.response()
+    error(response, 431, "headers_too_large")
+    assert origins(response)[0] == "*"
     worker.idle()
 
 
@@ -924,23 +965,23 @@ def test_client_that_connects_and_leaves(shared_proxy, connect, fetch, worker):
     assert "Traceback" not in shared_proxy.log()
 
 
-def test_threads_come_back(start_proxy, host, connect, worker):
-    """Depois de vinte streamings, erros e clientes que somem, as linhas de execução voltam às do repouso, e os soquetes."""
-    proxy = start_proxy("--max-body", "10")
-    assert connect(proxy).request("GET", "/ping").response().body() == b"pong"
-    # No flask, a linha de execução do ping ainda espera por outro cliente.
-    threads, sockets = proxy.threads() - (host == "flask"), proxy.sockets()
-    streams = [connect(proxy).request("POST", "/", body=str(number)) for number in range(10)]
-    tasks = [worker.next() for _ in streams]
-    assert host == "waitress" or proxy.threads() >= threads + 10
-    for conn in streams[:5]:
-        conn.reset()
-    for task in tasks:
-        # Uma tarefa cujo cliente sumiu não se responde: suas chaves podem já ter sido apagadas.
-        if int(task.info["body"]) >= 5:
-            task.finish("ok")
-    for conn in streams[5:]:
-        assert conn.response().lines() == [b"ok"]
+def test_streams_have_no_thread(share_proxy, host, connect, worker):
+    """300 streams em silêncio não somam uma linha de execução às do repouso; depois deles, de erros e de clientes que
+    somem, os soquetes também são os do repouso."""
+    proxy = share_proxy("--max-body", "10", host=host)
+    sockets = proxy.sockets()
+    # As do waitress nascem com os primeiros pedidos e ficam; as do flask vivem o tempo de um pedido.
+    assert [connect(proxy).request("GET", "/ping").response().body() for _ in range(20)] == [b"pong"] * 20
+    harness.eventually(lambda: proxy.sockets() <= sockets, 5, "soquetes em repouso")
+    threads = proxy.threads()
+    pairs = support.open_streams(connect, proxy, worker, 300)
+    harness.eventually(lambda: proxy.threads() <= threads, 5, "nenhuma linha de execução a mais")
+    for response, _ in pairs[:100]:
+        response.conn.reset()
+    for number, (_, task) in enumerate(pairs[100:]):
+        task.finish(str(number))
+    found = harness.read_all([response for response, _ in pairs[100:]])
+    assert found == [[str(number).encode()] for number in range(200)]
     for raw in (b"LIXO\r\n\r\n", b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", b"GET / HT"):
         conn = connect(proxy)
         conn.send(raw)
@@ -949,13 +990,9 @@ def test_threads_come_back(start_proxy, host, connect, worker):
         with contextlib.suppress(harness.broken, ConnectionResetError):
             conn.current.body()
         conn.close()
-    for task in tasks:
-        task.gone()
-    for conn in streams:
-        conn.close()
+    support.wait_empty(worker.client, 5)
     harness.eventually(lambda: proxy.sockets() <= sockets, 5, "soquetes em repouso")
-    # Uma linha de execução livre espera thread_patience segundos (json-proxy.py) por outro cliente.
-    harness.eventually(lambda: proxy.threads() <= threads, 15, "linhas de execução em repouso")
+    harness.eventually(lambda: proxy.threads() <= threads, 5, "linhas de execução em repouso")
 
 
 def test_no_delay(shared_proxy, connect, worker):

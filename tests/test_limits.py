@@ -15,8 +15,10 @@ def assert_too_many(fetch, proxy):
     assert response.status == 503
     assert int(response.header("Retry-After")) > 0
     assert response.header("Server") == "py-ndjson-proxy" and response.header("X-Author")
-    assert response.header("Content-Type") == "application/json"
+    assert response.header("Content-Type") == "application/json; charset=utf-8"
     assert response.json()["error"] == "too_many_streams"
+    # Guardada, a conexão de quem foi recusado ocuparia um descritor.
+    assert response.header("Connection") == "close" and response.conn.at_end()
     ping = fetch(proxy, "GET", "/ping")
     assert (ping.status, ping.body()) == (200, b"pong")
 
@@ -84,7 +86,7 @@ def test_refusals_do_not_use_up_places(start_redis, start_proxy, host, connect, 
     assert response.lines() == [b"fim"]
 
 
-def test_full_comes_before_redis(start_redis, start_proxy, host, connect, fetch, start_worker):
+def test_full_comes_before_redis(start_redis, start_proxy, connect, fetch, start_worker):
     """Com os lugares tomados, quem chega recebe 503 na hora, mesmo que o Redis não responda."""
     server = start_redis()
     proxy = start_proxy("--max-streams", 1, redis=server)
