@@ -17,6 +17,12 @@ signals = [signal.SIGTERM, signal.SIGINT]
 shutdown_line = {"error": "shutdown"}
 
 
+@pytest.fixture
+def number(host):
+    """O sinal da parada: os dois valem o mesmo, e cada hospedeiro prova um. Retorno: o sinal."""
+    return {"flask": signal.SIGTERM, "waitress": signal.SIGINT}[host]
+
+
 def refused(proxy):
     """Diz se a porta do proxy já recusa conexões. Argumentos: o proxy. Retorno: bool."""
     try:
@@ -34,7 +40,6 @@ def wait_refused(proxy):
     assert proxy.alive()
 
 
-@pytest.mark.parametrize("number", signals)
 def test_signal_without_streams(start_proxy, host, connect, fetch, worker, number):
     """Sem streams, um sinal encerra em menos de 2 s com status 0, ainda que um cliente ocioso esteja conectado."""
     proxy = start_proxy("--drain", 30000)
@@ -50,7 +55,6 @@ def test_signal_without_streams(start_proxy, host, connect, fetch, worker, numbe
     assert refused(proxy)
 
 
-@pytest.mark.parametrize("number", signals)
 def test_signal_with_live_streams(start_proxy, host, connect, worker, number):
     """A porta fecha já; quem acaba dentro de DRAIN acaba normalmente; os outros recebem uma linha de shutdown e o fim
     inteiro do corpo; as chaves somem; o status é 0."""
@@ -79,7 +83,7 @@ def test_signal_with_live_streams(start_proxy, host, connect, worker, number):
     assert (row["fim"], row["linhas"], row["bytes"]) == ("shutdown", "3", str(len(slow.body())))
 
 
-def test_stops_as_soon_as_the_streams_end(start_proxy, host, connect, worker):
+def test_stops_as_soon_as_the_streams_end(start_proxy, connect, worker):
     """DRAIN é um limite, não uma espera: o processo sai assim que o último stream termina."""
     proxy = start_proxy("--drain", 60000)
     pairs = support.open_streams(connect, proxy, worker, 3)
@@ -112,7 +116,7 @@ def test_many_streams_at_shutdown(start_proxy, host, connect, worker):
 
 @pytest.mark.parametrize("first", signals)
 @pytest.mark.parametrize("second", signals)
-def test_second_signal_ends_at_once(start_proxy, host, connect, worker, first, second):
+def test_second_signal_ends_at_once(start_proxy, connect, worker, first, second):
     """Um segundo sinal, durante DRAIN, encerra na hora: o processo morre dele e o corpo do cliente é cortado."""
     proxy = start_proxy("--drain", 60000)
     response, task = support.open_stream(connect, proxy, worker)
@@ -131,7 +135,6 @@ def test_second_signal_ends_at_once(start_proxy, host, connect, worker, first, s
     worker.client.flushall()
 
 
-@pytest.mark.parametrize("number", signals)
 def test_signal_amid_new_connections(start_proxy, host, connect, number):
     """Conexões que chegam no instante do sinal são atendidas ou recusadas; o log não traz nada de estranho."""
     for _ in range(2):
@@ -172,7 +175,7 @@ def test_request_on_an_open_connection_during_drain(start_proxy, host, connect, 
 
 
 @pytest.mark.parametrize("how", ["kill", "freeze"])
-def test_shutdown_while_redis_is_away(start_redis, start_proxy, host, connect, start_worker, how):
+def test_shutdown_while_redis_is_away(start_redis, start_proxy, connect, start_worker, how):
     """Parada com o Redis fora do ar ou mudo: a linha de shutdown chega, o status é 0, e não se espera para sempre."""
     server = start_redis()
     proxy = start_proxy("--drain", 300, redis=server)
@@ -189,7 +192,7 @@ def test_shutdown_while_redis_is_away(start_redis, start_proxy, host, connect, s
             client.delete(task.key)
 
 
-def test_shutdown_with_a_client_that_does_not_read(start_proxy, host, connect, worker):
+def test_shutdown_with_a_client_that_does_not_read(start_proxy, connect, worker):
     """Um cliente que não lê não segura a parada nem deixa chaves para trás."""
     proxy = start_proxy("--drain", 300, "-P", 0)
     response, task = support.open_stream(connect, proxy, worker)
