@@ -56,7 +56,7 @@ def failed(response, proxy, task):
 
 @pytest.mark.parametrize("rules", [[], no_scripts], ids=["scripts", "lpop"])
 @pytest.mark.parametrize("wake", ["on", "off"])
-def test_task_key_of_another_type(wake, rules, start_redis, start_proxy, host, connect, start_worker):
+def test_task_key_of_another_type(wake, rules, start_redis, start_proxy, connect, start_worker):
     """A chave da tarefa trocada por qualquer outro tipo: o que está na lista é entregue, e a última linha diz o tipo."""
     server = start_redis()
     proxy = start_proxy("--wake", wake, "-i", 100, redis=server, env=support.limited_user(server, *rules))
@@ -73,7 +73,7 @@ def test_task_key_of_another_type(wake, rules, start_redis, start_proxy, host, c
 
 
 @pytest.mark.parametrize("rules", [[], no_scripts], ids=["scripts", "lpop"])
-def test_list_of_another_type(rules, start_redis, start_proxy, host, connect, start_worker):
+def test_list_of_another_type(rules, start_redis, start_proxy, connect, start_worker):
     """A lista trocada por outro tipo: as palavras do Redis, sem o que só interessa a quem escreveu o script."""
     server = start_redis()
     proxy = start_proxy("-i", 100, redis=server, env=support.limited_user(server, *rules))

@@ -50,9 +50,9 @@ def empty(db, what):
     harness.eventually(lambda: not waiting(db), 5, f"fila vazia: {what}")
 
 
-def test_waits_for_a_worker(host, start_proxy, connect, db):
+def test_waits_for_a_worker(share_proxy, connect, db):
     """Sem ninguém no canal, a tarefa espera na fila, sem aviso no log, e quem chega depois a responde."""
-    proxy = start_proxy(env=on)
+    proxy = share_proxy(env=on)
     opened = [connect(proxy).request("POST", f"/{number}").response() for number in range(5)]
     names = [response.header("X-Task-Name") for response in opened]
     assert waiting(db) == [f"ndjson_task_{name}".encode() for name in names]
@@ -66,7 +66,7 @@ def test_waits_for_a_worker(host, start_proxy, connect, db):
     assert not waiting(db)
 
 
-def test_channel_still_works(host, start_proxy, connect, worker, db):
+def test_channel_still_works(start_proxy, connect, worker, db):
     """O PUBLISH continua, e a tarefa que um worker do canal responde sai da fila."""
     proxy = start_proxy("--queue", queue)
     response, task = support.open_stream(connect, proxy, worker, "POST", "/")
@@ -76,7 +76,7 @@ def test_channel_still_works(host, start_proxy, connect, worker, db):
     empty(db, "a tarefa acabou")
 
 
-def test_every_end_leaves_the_queue(host, start_proxy, connect, db):
+def test_every_end_leaves_the_queue(start_proxy, connect, db):
     """Cliente que sai, tempo esgotado e parada tiram a tarefa da fila, mesmo sem worker algum."""
     proxy = start_proxy("--maxtime", "300", "--drain", "0", env=on)
     lines = connect(proxy).request("POST", "/").response().lines()
@@ -97,7 +97,7 @@ def test_every_end_leaves_the_queue(host, start_proxy, connect, db):
     assert not waiting(db)
 
 
-def test_dead_proxy(host, start_redis, start_proxy, connect):
+def test_dead_proxy(start_redis, start_proxy, connect):
     """As tarefas de um proxy morto saem da fila quando vencem; as vivas, e o que não é tarefa, ficam."""
     server = start_redis()
     db = server.client()
@@ -124,7 +124,7 @@ def test_dead_proxy(host, start_redis, start_proxy, connect):
     assert alive.lines() == [b"ok"]
 
 
-def test_refused_task_is_not_queued(host, start_redis, start_proxy, fetch):
+def test_refused_task_is_not_queued(start_redis, start_proxy, fetch):
     """SET recusado (memória cheia): nem PUBLISH nem fila."""
     server = start_redis("maxmemory-policy noeviction")
     db = server.client()
@@ -137,7 +137,7 @@ def test_refused_task_is_not_queued(host, start_redis, start_proxy, fetch):
     assert not waiting(db)
 
 
-def test_queue_of_another_type(host, start_redis, start_proxy, fetch, connect):
+def test_queue_of_another_type(start_redis, start_proxy, fetch, connect):
     """A fila é uma chave de outro tipo: 500 com as palavras do Redis, um aviso já no início, e recuperação."""
     server = start_redis()
     db = server.client()
@@ -169,12 +169,13 @@ def test_name_in_conflict(prefix, tmp_path):
             assert word in done.err
 
 
-@pytest.mark.parametrize("language", ["README.md", "README.en.md"])
-def test_acl_of_the_readme(language, host, start_redis, start_proxy, connect):
-    """As duas linhas de ACL do README bastam: tarefa, fila, fim e procura das mortas, sem uma queixa no log."""
-    text = pathlib.Path(harness.root, language).read_text(encoding="utf-8")
-    first, second = re.findall(r"ACL (SETUSER proxy .*)", text)
-    name = re.search(r"~(\S+) \+rpush", second)[1]
+def test_acl_of_the_readme(start_redis, start_proxy, connect):
+    """As duas linhas de ACL dos READMEs são as mesmas e bastam: tarefa, fila, fim e procura das mortas, sem uma queixa no
+    log."""
+    texts = [(harness.root / name).read_text(encoding="utf-8") for name in ("README.md", "README.en.md")]
+    (first, second), english = (re.findall(r"ACL (SETUSER proxy .*)", text) for text in texts)
+    name, other = (re.search(r"~(\S+) \+rpush", line)[1] for line in (second, english[1]))
+    assert [first, second.replace(name, other)] == english
     server = start_redis("user " + first.removeprefix("SETUSER ") + " " + second.removeprefix("SETUSER proxy "))
     db = server.client()
     db.rpush(name, f"ndjson_task_{uuid.uuid4()}")
@@ -220,9 +221,9 @@ def run_workers(redis_main, db):
 
 
 @pytest.mark.parametrize("form", workers)
-def test_example_workers(form, host, start_proxy, connect, run_workers, db):
+def test_example_workers(form, share_proxy, connect, run_workers, db):
     """Dez tarefas enfileiradas antes de haver worker: três workers as repartem, cada uma respondida uma só vez."""
-    proxy = start_proxy(env=on)
+    proxy = share_proxy(env=on)
     # Uma tarefa que venceu enquanto esperava, no começo da fila, não atrapalha as outras.
     db.lpush(queue, f"ndjson_task_{uuid.uuid4()}")
     opened = [connect(proxy).request("POST", "/", body=f"oi {number}".encode()).response() for number in range(10)]
@@ -241,9 +242,9 @@ def test_example_workers(form, host, start_proxy, connect, run_workers, db):
 
 
 @pytest.mark.parametrize("form", workers)
-def test_example_workers_take_no_more_than_they_serve(form, start_proxy, connect, run_workers, db):
+def test_example_workers_take_no_more_than_they_serve(form, share_proxy, connect, run_workers, db):
     """Com mais tarefas do que atende ao mesmo tempo, um worker deixa as outras na fila, para quem estiver livre."""
-    proxy = start_proxy(env=on)
+    proxy = share_proxy(env=on)
     opened = [connect(proxy).request("POST", "/", body=b"a").response() for _ in range(24)]
     run_workers(form, 1, delay=2)
     most = 0
@@ -278,9 +279,9 @@ def count_sleeps(group):
     return count
 
 
-def test_full_worker_stops(start_proxy, connect, run_workers, db):
+def test_full_worker_stops(share_proxy, connect, run_workers, db):
     """O worker.sh cheio, à espera de uma vaga, para na hora quando se pede a ele e aos filhos, e avisa cada cliente."""
-    proxy = start_proxy(env=on)
+    proxy = share_proxy(env=on)
     opened = [connect(proxy).request("POST", "/", body=b"a").response() for _ in range(parallel + 1)]
     [process] = run_workers("sh", 1, delay=30)
     assert {bytes(response.line(30)) for response in opened[:parallel]} == {b'{"type": "begin"}'}

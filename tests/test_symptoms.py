@@ -33,21 +33,21 @@ def is_listening(port):
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_lines_reversed(shared_proxy, connect, worker):
+def test_lines_reversed(share_proxy, connect, worker):
     """LPUSH, que é o Push do n8n sem Tail, inverte o que se acumula; RPUSH não."""
     assert "LPUSH" in row("As linhas chegam na ordem inversa")
-    response, task = support.open_stream(connect, shared_proxy, worker)
+    response, task = support.open_stream(connect, share_proxy(), worker)
     with task.client.pipeline(transaction=True) as pipe:
         pipe.lpush(task.list, "1", "2", "3")
         pipe.delete(task.key)
         pipe.execute()
     assert response.lines() == [b"3", b"2", b"1"]
-    response, task = support.open_stream(connect, shared_proxy, worker)
+    response, task = support.open_stream(connect, share_proxy(), worker)
     task.finish("1", "2", "3")
     assert response.lines() == [b"1", b"2", b"3"]
 
 
-def test_nothing_comes(start_proxy, host, connect, worker, db, redis_main):
+def test_nothing_comes(start_proxy, connect, worker, db, redis_main):
     """Ninguém no canal: o log avisa. Lista de outro nome ou de outro database: nada chega, e MAXTIME encerra."""
     text = row("Nada chega")
     assert "ninguém ouve o canal" in text and "task_list" in text and "database" in text
@@ -64,11 +64,11 @@ def test_nothing_comes(start_proxy, host, connect, worker, db, redis_main):
     db.delete("ndjson_list_")
 
 
-def test_ends_too_early(shared_proxy, connect, worker):
+def test_ends_too_early(share_proxy, connect, worker):
     """A chave apagada antes da última parte, e uma palavra de fim nua no meio: o resto não chega."""
     text = row("A resposta acaba cedo demais")
     assert "DEL" in text and "EOF" in text and "MAXTIME" in text
-    response, task = support.open_stream(connect, shared_proxy, worker)
+    response, task = support.open_stream(connect, share_proxy(), worker)
     task.push("antes")
     assert response.line() == b"antes"
     task.delete()
@@ -76,12 +76,12 @@ def test_ends_too_early(shared_proxy, connect, worker):
     task.gone()
     task.push("depois")
     assert task.client.delete(task.list) == 1
-    response, task = support.open_stream(connect, shared_proxy, worker)
+    response, task = support.open_stream(connect, share_proxy(), worker)
     task.push("antes", "EOF", "depois")
     assert response.lines() == [b"antes"]
 
 
-def test_ends_with_timeout(start_proxy, host, connect, worker):
+def test_ends_with_timeout(start_proxy, connect, worker):
     """Um silêncio maior que MAXTIME termina em MAXTIME_ERROR; com MAXTIME maior, o mesmo silêncio passa."""
     assert "MAXTIME" in row("A última linha é `{\"error\": \"timeout\"}`")
     for limit, lines in ((500, [b'{"error": "timeout"}']), (20000, [b"2"])):
@@ -95,7 +95,7 @@ def test_ends_with_timeout(start_proxy, host, connect, worker):
         assert response.lines() == lines
 
 
-def test_lines_all_at_once(start_proxy, host, connect, worker, tmp_path):
+def test_lines_all_at_once(start_proxy, connect, worker, tmp_path):
     """Um nginx que comprime e ignora X-Accel-Buffering retém a resposta até o fim; sem isso, linha a linha."""
     assert "X-Accel-Buffering" in row("As linhas chegam todas de uma vez")
     proxy = start_proxy()
@@ -132,7 +132,7 @@ def test_lines_all_at_once(start_proxy, host, connect, worker, tmp_path):
             nginx.wait(10)
 
 
-def test_statuses(start_redis, start_proxy, host, fetch, connect, start_worker):
+def test_statuses(start_redis, start_proxy, fetch, connect, start_worker):
     """504 sem o Redis, 503 com os lugares tomados, cada um com a frase e o cabeçalho que a tabela promete."""
     assert "Redis fora do ar" in row("504") and "MAX_STREAMS" in row("503") and "AUTH_TOKEN" in row("401")
     server = start_redis()
