@@ -15,6 +15,7 @@ import typing
 import pytest
 
 import harness
+import support
 
 module = harness.load_program()
 source = harness.program.read_text(encoding="utf-8")
@@ -283,7 +284,7 @@ def flags_in(text):
 
 def row_words(row):
     """Lê as palavras que uma configuração aceita. Argumentos: row, a linha da tabela. Retorno: lista, ou vazia."""
-    return re.split(", | ou ", row.allowed) if re.fullmatch(r"\w+(, \w+)* ou \w+", row.allowed) else []
+    return re.split(", | ou ", row.kind.allowed) if re.fullmatch(r"\w+(, \w+)* ou \w+", row.kind.allowed) else []
 
 
 def check_values(language, row, text):
@@ -294,7 +295,7 @@ def check_values(language, row, text):
         row: a linha da tabela.
         text: o texto.
     """
-    limits = re.search(r"de (\d+) a (\d+)$", row.allowed)
+    limits = re.search(r"de (\d+) a (\d+)$", row.kind.allowed)
     if limits:
         assert re.search(rf"\b{limits[1]} {words[language]['to']} {limits[2]}\b", text), row.name
     if row.unit:
@@ -445,7 +446,7 @@ def test_commands_are_valid(tmp_path):
 
 
 @pytest.mark.parametrize("language", languages)
-def test_contract_is_the_program_s(language):
+def test_contract_is_the_program_s(language, share_proxy, connect, worker):
     """Códigos de erro, campos e frases do log, razões do fim e palavras de fim são os do programa."""
     clients, workers = (section(language, names[0], number) for number in (4, 5))
     codes = [tag.split() for tag, _ in entries(clients)]
@@ -453,19 +454,22 @@ def test_contract_is_the_program_s(language):
     for status, code in codes:
         assert re.search(rf'{status}[,:].{{0,60}}"{code}"|"{code}"', source), (status, code)
     text = " ".join(item.text for item in workers)
-    for word in (*(word.decode() for word in module.end_words), "task_key", "task_list", "body_encoding"):
+    for word in ("EOF", "EOL", "END-OF-FILE", "END-OF-LIST", "task_key", "task_list", "body_encoding"):
         assert re.search(rf"(?<![\w-]){word}(?![\w-])", text), word
 
     log = entries(section(language, names[0], 10))
     documented = [word for tag, _ in log for word in tag.split(", ")]
-    fields = re.findall(r"(\w+)=%", re.search(r'"(tarefa=%s cliente=.*?)"', source)[1])
+    proxy = share_proxy()
+    response, task = support.open_stream(connect, proxy, worker)
+    task.finish()
+    assert response.lines() == []
+    fields = list(support.finished_row(proxy, task))
     assert documented[: len(fields)] == fields
     for phrase in documented[len(fields) :]:
         for part in phrase.split(": ... "):
             assert part in source, part
-    reasons = {value for key, value in vars(module).items() if key.startswith("ended_")}
     reason_text = next(body for tag, body in log if tag == "fim")[0]
-    assert reasons <= set(re.findall(r"\w+", reason_text))
+    assert {"concluida", "eof", "timeout", "cliente", "erro", "shutdown"} <= set(re.findall(r"\w+", reason_text))
 
 
 # -- completamento do bash ------------------------------------------------------
