@@ -63,6 +63,7 @@ import errno
 import functools
 import gc
 import hmac
+import http
 import importlib.util
 import io
 import ipaddress
@@ -922,12 +923,12 @@ class log_queue(logging.handlers.QueueHandler):
         Argumentos:
             record (logging.LogRecord): linha já formatada.
         """
-        try:
-            self.queue.put_nowait(record)
-        except queue.Full:
+        waiting = self.queue.qsize()
+        if waiting >= log_lines:
             self.lost += 1
             return
-        if self.lost and self.queue.qsize() < log_lines // 2:
+        self.queue.put(record)
+        if self.lost and waiting < log_lines // 2:
             count, self.lost = self.lost, 0
             log.warning("%d linhas de log se perderam: a saída de erros não as aceitava", count)
 
@@ -940,11 +941,15 @@ def configure_logging():
     """
     # Sem isto, uma falha de escrita geraria um traceback a cada linha.
     logging.raiseExceptions = False
+    # Nossas linhas não mostram de onde vêm: não se paga para descobri-lo.
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
     is_journal = False
     with contextlib.suppress(OSError, ValueError, AttributeError):
         status = os.fstat(sys.stderr.fileno())
         is_journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-    handler = log_queue(queue.Queue(log_lines))
+    # A fila feita em C; a outra troca de thread mais de duas vezes por linha.
+    handler = log_queue(queue.SimpleQueue())
     handler.setFormatter(log_formatter(is_journal))
     logging.basicConfig(handlers=[handler], level=logging.CRITICAL, force=True)
     log.setLevel(logging.INFO)
@@ -1068,6 +1073,7 @@ return {kind, lines}
 # conexão nova resolve: o script foi esquecido, ou uma ACL o negou agora.
 passing_codes = ("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "CLUSTERDOWN", "NOREPLICAS", "NOSCRIPT")
 redis_failures = (redis.ConnectionError, redis.TimeoutError)
+redis_refusals = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 
 
 def redis_pool():
@@ -1687,6 +1693,7 @@ closing_patience = 1.0
 # Tempo, em segundos, que a última consulta tem depois que MAXTIME se esgota.
 last_take_patience = 0.5
 last_chunk = b"0\r\n\r\n"
+send_buffer = 262144
 
 # Os streams que ocupam um lugar, na ordem do rodízio da rede; a chave e a lista de cada um
 # que já foi ao Redis; e as corrotinas, que o asyncio só referencia fracamente.
@@ -1936,6 +1943,8 @@ class stream:
         try:
             await self.submit()
             connection, head = await self.handed
+            # O sistema guardaria 4 MB para quem não lê, e por eles um leitor lento pareceria parado.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
             await loop.connect_accepted_socket(lambda: self.client, connection)
             self.client.transport.write(head)
             self.tick()
@@ -2158,9 +2167,10 @@ def take_up(duty):
         """Roda o dever até que ele acabe por si."""
         while True:
             try:
-                return await duty()
+                await duty()
+                return
             except Exception as error:
-                log.error("falha interna em %s: %s: %s", duty.__name__, type(error).__name__, error)
+                log.error("falha interna em %s: %s: %s", duty, type(error).__name__, error)
                 log.debug("falha interna", exc_info=True)
                 await asyncio.sleep(1)
 
@@ -2211,9 +2221,10 @@ async def keep_link():
             meter.returns.inc()
         tell_systemd()
         take_up(catch_up)
-        # Uma recusa que dura seria achada de novo logo depois de reabrir.
         await asyncio.wait([link.lost], timeout=1.0)
-        failures = failures + 1 if link.lost.done() else 0
+        # Uma recusa que dura seria achada de novo logo depois de reabrir; um corte, não.
+        is_refused = link.lost.done() and isinstance(link.lost.result(), redis_refusals)
+        failures = failures + 1 if is_refused else int(link.lost.done())
 
 
 def tell_down(error):
@@ -2229,7 +2240,7 @@ def tell_down(error):
         tell_systemd()
         if meter is not None:
             meter.cuts.inc()
-    elif words != link.told and isinstance(error, redis.ResponseError | redis.AuthenticationError | redis.BusyLoadingError):
+    elif words not in link.told and isinstance(error, redis_refusals):
         # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
         log.warning("Redis ainda fora do ar: %s", words)
     link.told = words
@@ -2372,6 +2383,24 @@ async def keep_systemd_informed():
     while "NOTIFY_SOCKET" in os.environ:
         tell_systemd()
         await asyncio.sleep(status_interval)
+
+
+async def dismiss(connection, response):
+    """Responde a uma recusa e descarta o que o cliente ainda envia: fechar antes apagaria a resposta (RST).
+
+    Argumentos:
+        connection (socket.socket): socket entregue.
+        response (bytes): a resposta inteira.
+    """
+    with contextlib.suppress(OSError):
+        reader, writer = await asyncio.open_connection(sock=connection)
+        writer.write(response)
+        writer.write_eof()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(closing_patience):
+                while await reader.read(read_size):
+                    pass
+        writer.close()
 
 
 async def sweep_late():
@@ -2605,6 +2634,21 @@ def read_body(request):
     return b"".join(parts)
 
 
+def response_head(status, fields, minor=1):
+    """Escreve o cabeçalho de uma resposta que sai pelo laço.
+
+    Argumentos:
+        status (int): status HTTP.
+        fields (list): pares de cabeçalhos.
+        minor (int): 1 em HTTP/1.1, 0 em HTTP/1.0.
+    Retorna:
+        bytes: da linha de status à linha em branco.
+    """
+    fields = [("Server", SERVERNAME), ("Date", email.utils.formatdate(usegmt=True)), *fields, ("Connection", "close")]
+    rows = [f"HTTP/1.{minor} {status} {http.HTTPStatus(status).phrase}", *[f"{name}: {value}" for name, value in fields]]
+    return "\r\n".join([*rows, "", ""]).encode("latin-1")
+
+
 def choose_type(request):
     """Escolhe o tipo do streaming; nunca 406, que um cliente não saberia tratar.
 
@@ -2641,12 +2685,8 @@ class stream_response(flask.Response):
         if self.owner is None:
             return super().__call__(environ, start_response)
         is_chunked = self.owner.task.is_chunked
-        rows = [
-            f"HTTP/1.{int(is_chunked)} 200 OK", f"Server: {SERVERNAME}", f"Date: {email.utils.formatdate(usegmt=True)}",
-            *[f"{name}: {value}" for name, value in self.headers],
-            *["Transfer-Encoding: chunked"] * is_chunked, "Connection: close", "\r\n",
-        ]
-        return hand_over(environ, self.owner, "\r\n".join(rows).encode("latin-1"))
+        fields = [*self.headers, *[("Transfer-Encoding", "chunked")] * is_chunked]
+        return hand_over(environ, self.owner, response_head(200, fields, int(is_chunked)))
 
 
 @app.route("/", methods=all_methods, provide_automatic_options=False)
@@ -2687,6 +2727,7 @@ def streaming():
 # deles, sem estar em seus manuais, está em `insides`, e em nenhum outro lugar do arquivo.
 
 backlog = 4096
+line_limit = 65537
 # Threads do waitress: cada uma espera pelo Redis no começo de uma tarefa, e só então.
 waitress_threads = 16
 # Descritores usados pelo próprio programa, com folga, e os que ficam para responder 503 e /ping.
@@ -2759,6 +2800,37 @@ def receive_deadline():
     return time.monotonic() + REQUEST_TIMEOUT / 1000
 
 
+def pause_if_starved(error):
+    """Espera, se faltam descritores: a conexão fica na fila do sistema, e sem pausa o servidor giraria à toa.
+
+    Argumentos:
+        error (OSError): falha ao aceitar uma conexão.
+    """
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        warn_rarely("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
+        time.sleep(accept_pause)
+
+
+class line_reader(io.BufferedReader):
+    """Leitura de uma requisição que não toma o fim da conexão pelo fim dela, nem guarda uma linha sem fim."""
+
+    def readline(self, size=-1):
+        """Lê uma linha.
+
+        Argumentos:
+            size (int): máximo de bytes; o werkzeug não dá nenhum ao ler as marcas dos chunks.
+        Retorna:
+            bytes: a linha, com o seu fim, ou os primeiros bytes de uma longa demais.
+        Levanta:
+            ConnectionAbortedError: se a conexão acabou antes.
+        """
+        size = line_limit if size < 0 else size
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) < size:
+            raise ConnectionAbortedError("a requisição não chegou inteira")
+        return line
+
+
 class flask_handler(werkzeug.serving.WSGIRequestHandler):
     """Atende uma conexão, e nela uma só requisição, no servidor do Flask."""
 
@@ -2768,6 +2840,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         """Começa a contar o prazo da requisição."""
         super().setup()
         arrivals[self.connection] = receive_deadline()
+        self.rfile = line_reader(self.rfile.detach())
 
     def finish(self):
         """Esquece a conexão."""
@@ -2784,7 +2857,12 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
 
     def handle_one_request(self):
         """Atende a requisição; o socket pode ter sido entregue, e não há outra."""
-        super().handle_one_request()
+        try:
+            super().handle_one_request()
+        except ConnectionAbortedError:
+            # Quem a varredura tirou daqui ainda espera pela resposta; os outros se foram.
+            if self.connection not in arrivals:
+                self.send_error(408)
         self.close_connection = True
 
     def handle_expect_100(self):
@@ -2818,12 +2896,11 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
             message (str): sem uso.
             explain (str): sem uso.
         """
-        status = int(code) if self.connection in arrivals else 408
-        body, fields = error_parts(status)
+        body, fields = error_parts(code)
         origin = getattr(self, "headers", {}).get("Origin")
         # Uma linha de requisição sem versão faria o http.server omitir os cabeçalhos.
         self.request_version = "HTTP/1.0"
-        self.send_response(status)
+        self.send_response(code)
         for name, value in (*fields, ("X-Author", author), *cors_headers(origin),
                             ("Content-Length", str(len(body))), ("Connection", "close")):
             self.send_header(name, value)
@@ -2850,10 +2927,7 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
         except OSError as error:
             if gate.is_closed:
                 raise KeyboardInterrupt from None
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                # A conexão continua na fila do sistema; sem uma pausa o servidor giraria à toa.
-                warn_rarely("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
-                time.sleep(accept_pause)
+            pause_if_starved(error)
             raise
 
     def process_request(self, request, client_address):
@@ -2865,7 +2939,8 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
         """
         while True:
             try:
-                return super().process_request(request, client_address)
+                super().process_request(request, client_address)
+                return
             except RuntimeError as error:
                 warn_rarely(f"faltam threads ({error}): aumente o limite (TasksMax) e a memória")
                 time.sleep(accept_pause)
@@ -2883,27 +2958,31 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
 
 
 class waitress_error:
-    """Erro do waitress na forma dos nossos."""
+    """Erro do waitress, que o laço responde: o waitress fecharia antes de ler o que o cliente ainda envia."""
 
-    def __init__(self, request):
-        """Guarda o erro.
+    def __init__(self, channel):
+        """Guarda a conexão.
 
         Argumentos:
-            request (waitress.parser.HTTPRequestParser): requisição recusada.
+            channel (waitress_channel): conexão cuja requisição foi recusada.
         """
-        self.error, self.origin = request.error, request.headers.get("ORIGIN")
+        self.channel, self.code = channel, channel.requests[0].error.code
 
     def to_response(self, ident=None):
-        """Monta a resposta, como o waitress a pede.
+        """Entrega o socket ao laço, quando o waitress pede a resposta.
 
         Argumentos:
             ident (str): sem uso; a 2.1 nem o passa.
-        Retorna:
-            tuple: (status, lista de cabeçalhos, corpo em bytes).
+        Levanta:
+            handed_over: o socket já não é da thread.
         """
-        body, fields = error_parts(self.error.code)
-        return (f"{self.error.code} {self.error.reason}", [*fields, ("X-Author", author), *cors_headers(self.origin)],
-                body)
+        body, fields = error_parts(self.code)
+        fields += [("X-Author", author), *cors_headers(self.channel.requests[0].headers.get("ORIGIN")),
+                   ("Content-Length", str(len(body)))]
+        response = response_head(self.code, fields) + body
+        connection = self.channel.socket.dup()
+        loop.call_soon_threadsafe(lambda: take_up(functools.partial(dismiss, connection, response)))
+        raise handed_over
 
 
 class waitress_channel(waitress.channel.HTTPChannel):
@@ -2927,7 +3006,7 @@ class waitress_channel(waitress.channel.HTTPChannel):
         if "COOKIE" in request.headers:
             request.headers["COOKIE"] = request.headers["COOKIE"].replace(", ", "; ")
         if request.error:
-            request.error = waitress_error(request)
+            request.error = waitress_error(self)
         super().service()
 
     def handle_close(self):
@@ -2987,6 +3066,21 @@ def serve_flask(listener):
             load_dotenv=False, request_handler=flask_handler)
 
 
+def accept_if_possible(accept):
+    """Aceita uma conexão no waitress.
+
+    Argumentos:
+        accept (callable): o método do servidor.
+    Retorna:
+        tuple: (socket, endereço do cliente); None se não há nenhuma.
+    """
+    try:
+        return accept()
+    except OSError as error:
+        pause_if_starved(error)
+        return None
+
+
 def serve_waitress(listener):
     """Atende com o waitress, até que o socket deixe de escutar e as respostas acabem.
 
@@ -2999,13 +3093,15 @@ def serve_waitress(listener):
         # Além do limite as conexões esperam na fila do sistema; sem ele, a falta de descritores
         # faria o laço do waitress girar à toa. select() não passa do descritor 1023.
         connection_limit=max(refusal_descriptors, hard - own_descriptors - gate.limit), asyncore_use_poll=True,
-        channel_request_lookahead=0,
+        # O prazo do waitress segue o relógio do sistema, que pode voltar no tempo; quem julga é sweep_late.
+        channel_request_lookahead=0, channel_timeout=day,
         # O corpo fica na memória, como no servidor do Flask: um arquivo provisório custaria um
         # descritor a mais por conexão, e o disco pode estar cheio.
         inbuf_overflow=MAX_BODY + chunk_marks + 1, max_request_body_size=MAX_BODY + chunk_marks,
         clear_untrusted_proxy_headers=False, log_socket_errors=False,
     )
     server.channel_class = waitress_channel
+    server.accept = functools.partial(accept_if_possible, server.accept)
     # O socket que deixa de escutar é fechado na thread do waitress; o dele fecharia junto o alarme das outras.
     server.handle_close = functools.partial(waitress.wasyncore.dispatcher.close, server)
     server.run()
