@@ -1864,9 +1864,9 @@ class stream:
         """
         self.task = task
         self.client = client(self)
-        # O que a thread espera: a aceitação da tarefa, ou uma refusal.
+        # O que a thread espera, a aceitação da tarefa ou uma refusal; None depois da entrega.
         self.accepted = concurrent.futures.Future()
-        # O que a corrotina espera da thread: o socket e o cabeçalho da resposta.
+        # O que a corrotina espera da thread, o socket e o cabeçalho da resposta; None depois.
         self.handed = None
         # A corrotina; por que ela acaba; as últimas linhas, ainda por enviar.
         self.runner, self.reason, self.tail = None, None, b""
@@ -1942,11 +1942,7 @@ class stream:
         """Atende o cliente até o fim, venha ele de onde vier; é aqui que toda tarefa acaba."""
         try:
             await self.submit()
-            connection, head = await self.handed
-            # O sistema guardaria 4 MB para quem não lê, e por eles um leitor lento pareceria parado.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
-            await loop.connect_accepted_socket(lambda: self.client, connection)
-            self.client.transport.write(head)
+            await self.receive_socket()
             self.tick()
             if self.reason is None:
                 self.reason = await self.relay()
@@ -1960,7 +1956,7 @@ class stream:
             self.accepted.set_exception(error)
         except Exception as error:
             self.reason, self.tail = ended_error, self.explain(error)
-            if not self.accepted.done():
+            if self.accepted is not None and not self.accepted.done():
                 self.accepted.set_exception(error)
         finally:
             self.leave()
@@ -1969,6 +1965,20 @@ class stream:
                 self.client.transport.abort()
             else:
                 await self.client.finish(self.tail)
+
+    async def receive_socket(self):
+        """Espera que a thread entregue o socket, e envia o cabeçalho.
+
+        Levanta:
+            OSError: se ela não pôde entregá-lo, ou se o cliente já saiu.
+        """
+        connection, head = await self.handed
+        # Quem espera em silêncio não precisa mais disto, e são muitos.
+        self.accepted = self.handed = None
+        # O sistema guardaria 4 MB para quem não lê, e por eles um leitor lento pareceria parado.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        await loop.connect_accepted_socket(lambda: self.client, connection)
+        self.client.transport.write(head)
 
     async def submit(self):
         """Grava e publica a tarefa, e diz à thread que ela foi aceita.
@@ -2110,7 +2120,7 @@ class stream:
         if self.reason in (ended_timeout, ended_shutdown, ended_error):
             counts.count(self.tail, len(self.tail) > 0, is_ours=True)
         now = loop.time()
-        if meter is not None and self.accepted.done() and self.accepted.exception() is None:
+        if meter is not None and counts.transport is not None:
             meter.ends[self.reason].inc()
             meter.duration.observe(now - task.started)
         log.info(
