@@ -284,7 +284,7 @@ def flags_in(text):
 
 def row_words(row):
     """Lê as palavras que uma configuração aceita. Argumentos: row, a linha da tabela. Retorno: lista, ou vazia."""
-    return re.split(", | ou ", row.kind.allowed) if re.fullmatch(r"\w+(, \w+)* ou \w+", row.kind.allowed) else []
+    return re.split(", | ou ", row.kind.allowed) if re.fullmatch(r"[\w/-]+(, [\w/-]+)* ou [\w/-]+", row.kind.allowed) else []
 
 
 def check_values(language, row, text):
