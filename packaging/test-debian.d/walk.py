@@ -209,14 +209,9 @@ def stream(at=port, path="/caminho", channel="ndjson_jobs", host="127.0.0.1"):
 
 
 def open_streams(count, at=port):
-    """Abre streams sem linha nenhuma e espera o serviço contá-los em systemctl status."""
+    """Abre streams sem linha nenhuma."""
     answers = [ask("POST", f"/vivo/{number}", b"{}", at=at) for number in range(count)]
     expect(all(answer.status == 200 for answer in answers), "um stream não abriu")
-    eventually(
-        lambda: f"streams vivos: {count}" in show("StatusText"),
-        15,
-        lambda: f"STATUS não conta {count} streams: {show('StatusText')!r}",
-    )
     return answers
 
 
@@ -346,7 +341,7 @@ def clean_journal():
 
 @step(1)
 def exposure():
-    """systemd-analyze security: no máximo 1.1; 0.9 só local; e os limites cabem em MAX_STREAMS."""
+    """systemd-analyze security: no máximo 1.1; 0.9 só local; e os descritores bastam a MAX_STREAMS."""
 
     def overall():
         """Lê a exposição da unidade."""
@@ -359,7 +354,7 @@ def exposure():
     process = pathlib.Path(f"/proc/{main_pid()}/status").read_text()
     for line in ("CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"):
         expect(line in process, f"falta {line!r} em /proc/PID/status")
-    expect(int(show("LimitNOFILE")) > 4096 + 1024 and int(show("TasksMax")) > 4096 + 1024, "limites curtos")
+    expect(int(show("LimitNOFILE")) > 4096 + 1024, "LimitNOFILE curto")
     # Um endereço desta máquina que não é o de localhost faz o papel do vizinho.
     run("ip", "address", "add", "192.0.2.1/32", "dev", "lo")
     expect(ping(host="192.0.2.1") == (200, "pong"), "sem o acréscimo, 192.0.2.1 devia atender")
@@ -382,13 +377,15 @@ def exposure():
 def status_text():
     """systemctl status conta os streams vivos e as tarefas."""
     answers = open_streams(2)
-    expect("Redis no ar" in show("StatusText"), show("StatusText"))
-    expect("streams vivos: 2" in run("systemctl", "status", "--no-pager", unit), "systemctl status não mostra")
+    eventually(
+        lambda: "Redis no ar; streams vivos: 2" in run("systemctl", "status", "--no-pager", unit),
+        15,
+        lambda: f"systemctl status não mostra: {show('StatusText')!r}",
+    )
     for answer in answers:
         answer.close()
     for key in redis("KEYS", "ndjson_task_*").split():
         redis("DEL", key)
-    eventually(lambda: "streams vivos: 0" in show("StatusText"), 15, lambda: show("StatusText"))
 
 
 @step(1)
@@ -438,11 +435,9 @@ def bad_value():
     text = journal(mark, "-p", "err", "_PID=" + show("ExecMainPID"))
     for word in ("HTTP_PORT", "'oitenta'", "/etc/py-ndjson-proxy.env", "65535"):
         expect(word in text, f"falta {word} em: {text}")
-    # "auto-restart" seria o estado de quem ainda vai insistir; depois, o dobro de RestartSec por garantia.
-    for _ in range(2):
-        found = [show(name) for name in ("ActiveState", "SubState", "ExecMainStatus", "NRestarts")]
-        expect(found == ["failed", "failed", "2", "0"], f"{found}")
-        time.sleep(4)
+    # "auto-restart" seria o estado de quem ainda vai insistir.
+    found = [show(name) for name in ("ActiveState", "SubState", "ExecMainStatus", "NRestarts")]
+    expect(found == ["failed", "failed", "2", "0"], f"{found}")
     expect(journal(mark).count("oitenta") == 1, "repetiu a falha")
 
 
@@ -484,7 +479,9 @@ def redis_down():
         expect(ping()[0] == 500, f"/ping: {ping()}")
         answer = ask("POST", "/sem-redis", b"{}")
         expect(answer.status == 504 and json.loads(answer.read())["error"] == "redis_unavailable", f"{answer.status}")
-    eventually(lambda: "Redis fora do ar" in show("StatusText"), 15, lambda: f"STATUS: {show('StatusText')}")
+    eventually(
+        lambda: "Redis fora do ar; streams vivos: 0" in show("StatusText"), 15, lambda: f"STATUS: {show('StatusText')}"
+    )
     warnings = journal(mark, "-p", "warning")
     expect(warnings.count("Redis fora do ar") == 1, f"{warnings}")
     expect(active(), "o serviço caiu junto com o Redis")
@@ -508,7 +505,7 @@ def patience():
     run("systemctl", "stop", "redis-server")
     expect(status("systemctl", "restart", unit) != 0, "o restart devia falhar sem o Redis")
     eventually(
-        lambda: int(show("NRestarts")) >= 3 and show("ExecMainStatus") == "1",
+        lambda: int(show("NRestarts")) >= 2 and show("ExecMainStatus") == "1",
         30,
         lambda: f"não insistiu: NRestarts={show('NRestarts')}, ExecMainStatus={show('ExecMainStatus')}",
     )
@@ -532,30 +529,29 @@ def killed():
 
 @step(1)
 def stopped():
-    """SIGSTOP: o watchdog traz de volta."""
+    """SIGSTOP: o watchdog traz de volta, em WatchdogSec; aqui, menos que os 30 s da unidade."""
+    expect(show("WatchdogUSec") == "30s", f"WatchdogUSec={show('WatchdogUSec')}")
+    drop_in("[Service]\nWatchdogSec=10\n")
+    restart()
     mark = now()
     pid = main_pid()
     began = time.monotonic()
     os.kill(pid, 19)
-    eventually(lambda: active() and main_pid() not in (0, pid), 75, "o watchdog não agiu")
+    eventually(lambda: active() and main_pid() not in (0, pid), 40, "o watchdog não agiu")
     measure("de volta depois do SIGSTOP", f"{time.monotonic() - began:.1f} s")
     expect("Watchdog timeout" in journal(mark), "o diário não diz que foi o watchdog")
     stream()
+    drop_in()
 
 
 @step(1)
 def stop_flask():
-    """Parar com streams vivos: cada um recebe a linha de shutdown, em DRAIN + 2 s."""
-    measure("parar com 3 streams (flask)", f"{stop_with_streams(drain + 2):.1f} s")
-    restart()
-
-
-@step(1)
-def long_drain():
-    """Um DRAIN maior que TimeoutStopSec é respeitado."""
+    """Parar com streams vivos: cada um recebe a linha de shutdown, em DRAIN + 2 s, ainda que TimeoutStopSec seja menor."""
     drop_in("[Service]\nTimeoutStopSec=2\n")
     restart()
-    expect(stop_with_streams(drain + 2) > 4, "parou antes de DRAIN")
+    took = stop_with_streams(drain + 2)
+    measure("parar com 3 streams (flask)", f"{took:.1f} s")
+    expect(took > 4, "parou antes de DRAIN")
     drop_in()
     restart()
 
@@ -585,7 +581,7 @@ def full_house():
         threads = int(re.search(r"Threads:\t(\d+)", pathlib.Path(f"/proc/{pid}/status").read_text()).group(1))
         files = len(os.listdir(f"/proc/{pid}/fd"))
         measure("4096 streams", f"abertos em {took:.1f} s; {threads} threads e {files} descritores")
-        expect(4096 < threads < int(show("TasksMax")) * 0.75, f"{threads} threads")
+        expect(threads <= 40 and threads < int(show("TasksMax")) * 0.75, f"{threads} threads")
         expect(4096 < files < int(show("LimitNOFILE")) * 0.75, f"{files} descritores")
         run("systemctl", "stop", unit)
     expect(show("Result") == "success", f"Result={show('Result')}")
@@ -606,12 +602,12 @@ def full_house():
 def with_waitress():
     """HTTP_SERVER=waitress: tudo igual, protegido do mesmo jeito."""
     mark = now()
-    configure(HTTP_SERVER="waitress")
+    configure(HTTP_SERVER="waitress", DRAIN="2000")
     run("systemctl", "restart", unit)
     stream()
     expect(ping() == (200, "pong"), f"{ping()}")
     expect("(waitress)" in journal(mark), "o diário não diz waitress")
-    measure("parar com 3 streams (waitress)", f"{stop_with_streams(drain + 2):.1f} s")
+    measure("parar com 3 streams (waitress)", f"{stop_with_streams(4):.1f} s")
     restart()
 
 
@@ -655,28 +651,6 @@ def other_redis():
             stream()
     drop_in()
     configure()
-    restart()
-
-
-@step(1)
-def one_core():
-    """one-core.conf prende o serviço a um núcleo."""
-
-    def cores():
-        """Lê os núcleos que o processo pode usar."""
-        process = pathlib.Path(f"/proc/{main_pid()}/status").read_text()
-        return re.search(r"Cpus_allowed_list:\t(.*)", process).group(1)
-
-    first = min(os.sched_getaffinity(0))
-    drop_in("one-core.conf")
-    if first != 0:
-        folder = pathlib.Path(f"/etc/systemd/system/{unit}.d")
-        (folder / "one-core.conf").write_text(f"[Service]\nCPUAffinity={first}\n")
-        run("systemctl", "daemon-reload")
-    restart()
-    expect(cores() == str(first), lambda: f"núcleos: {cores()}")
-    stream()
-    drop_in()
     restart()
 
 
