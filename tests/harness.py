@@ -609,6 +609,25 @@ def run_proxy(*flags, env=None, cwd=None, timeout=20.0):
     return finished(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"), took, again)
 
 
+def refusal(*flags, env=None):
+    """Lê neste processo configurações que o programa deve recusar: muito mais barato que run_proxy.
+
+    Argumentos:
+        flags: argumentos de linha de comando.
+        env: variáveis de ambiente.
+
+    Retorno:
+        A frase de erro, como run_proxy a mostraria, que é uma linha só.
+    """
+    program_module = load_program()
+    try:
+        program_module.load_settings(list(flags), env or {})
+    except program_module.configuration_error as error:
+        assert "\n" not in str(error)
+        return f"erro: {error}"
+    raise AssertionError(f"aceitas: {flags} {env}")
+
+
 class arrived(bytes):
     """Um trecho recebido (bytes) com o instante monotônico em que chegou, no atributo `when`."""
 

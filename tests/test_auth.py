@@ -270,24 +270,18 @@ def test_excluded_headers(auth, exclude, hidden, start_proxy, connect, worker):
 
 
 @pytest.mark.parametrize("value", [",", "  ", "tokén", "a\x01b"], ids=["vírgula", "espaços", "acento", "controle"])
-def test_wrong_tokens(value, tmp_path):
+def test_wrong_tokens(value):
     """Um AUTH_TOKEN sem token, ou que cliente algum poderia enviar, impede o início, e a frase não o mostra."""
-    (tmp_path / "prova.env").write_text("")
-    env = {"ENV_FILE": str(tmp_path / "prova.env"), "AUTH_TOKEN": value}
-    done = harness.run_proxy(env=env)
-    assert (done.status, done.out) == (2, "")
-    assert re.fullmatch(r"erro: AUTH_TOKEN: o valor dado \(ambiente\) não é válido; [^\n]*\n", done.err), done
-    assert value.strip(" ,") == "" or value not in done.err
+    sentence = harness.refusal(env={"ENV_FILE": "/dev/null", "AUTH_TOKEN": value})
+    assert sentence.startswith("erro: AUTH_TOKEN: o valor dado (ambiente) não é válido; ")
+    assert value.strip(" ,") == "" or value not in sentence
 
 
 @pytest.mark.parametrize("value", ["a:b", "none,cookie", "acentuação"])
-def test_wrong_names(value, tmp_path):
+def test_wrong_names(value):
     """Um HEADERS_EXCLUDE que não são nomes de cabeçalhos impede o início."""
-    (tmp_path / "prova.env").write_text("")
-    done = harness.run_proxy("--headers-exclude", value, env={"ENV_FILE": str(tmp_path / "prova.env")})
-    assert done.status == 2
-    assert re.fullmatch(r"erro: HEADERS_EXCLUDE: [^\n]*\n", done.err), done
-    assert repr(value) in done.err
+    sentence = harness.refusal("--headers-exclude", value, env={"ENV_FILE": "/dev/null"})
+    assert sentence.startswith("erro: HEADERS_EXCLUDE: ") and repr(value) in sentence
 
 
 def test_check_shows_what_is_in_force(tmp_path, redis_main):

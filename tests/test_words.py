@@ -13,19 +13,12 @@ import harness
 import support
 
 
-def sentence(done):
-    """Confere um início recusado. Argumentos: done, o harness.finished. Retorno: a frase, sem o começo."""
-    assert (done.status, done.out) == (2, ""), done
-    assert re.fullmatch(r"erro: [^\n]+\n", done.err), done
-    return done.err.removeprefix("erro: ").rstrip("\n")
-
-
 @pytest.mark.parametrize("flag", ["--check", "--version", "--help"])
 def test_argument_that_takes_no_value(flag):
     """Um valor onde não cabe e a falta de um onde se espera são duas frases diferentes."""
-    assert re.search(r"(^|/)" + flag + ": este argumento não leva valor$", sentence(harness.run_proxy(f"{flag}=1")))
+    assert re.search(r"[ /]" + flag + ": este argumento não leva valor$", harness.refusal(f"{flag}=1"))
     for given in ("-p", "--pause"):
-        assert re.search(given + r".*: falta o valor do argumento", sentence(harness.run_proxy(given)))
+        assert re.search(given + r".*: falta o valor do argumento", harness.refusal(given))
 
 
 @pytest.mark.parametrize(
@@ -41,21 +34,14 @@ def test_argument_that_takes_no_value(flag):
 )
 def test_secret_with_spaces_and_no_quotes(flags):
     """O resto de um segredo sem aspas é um argumento desconhecido que não se mostra; a frase diz o que fazer."""
-    text = sentence(harness.run_proxy(*flags))
+    text = harness.refusal(*flags)
     assert "oculta" not in text and "minha" not in text
     assert "argumento desconhecido" in text and "aspas" in text
 
 
 def test_typing_error_beside_a_secret():
     """Um argumento mal escrito ao lado de um segredo ainda ganha o nome do mais parecido."""
-    assert "--port" in sentence(harness.run_proxy("-S", "minha", "--prot=80"))
-
-
-@pytest.mark.parametrize("origins", ["*, http://x.test", "http://x.test *", "*,null"])
-def test_star_among_origins(origins):
-    """Um * no meio de uma lista autorizaria todas as origens, e quem fez a lista não queria isso."""
-    text = sentence(harness.run_proxy("--cors-origin", origins, env={"ENV_FILE": "/dev/null"}))
-    assert text.startswith(f"CORS_ORIGIN: o valor {origins!r} (argumento --cors-origin) não é válido")
+    assert "--port" in harness.refusal("-S", "minha", "--prot=80")
 
 
 def test_lists_of_words():
