@@ -364,6 +364,23 @@ def test_functions_are_short():
     assert {name: size for name, size in sizes.items() if size > 70} == {}
 
 
+def test_weight():
+    """O arquivo cabe na cabeça de quem o lê: até 2300 linhas de código; nenhuma classe de 30 métodos ou de 20 atributos."""
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    code = {line for item in tokens if item.type not in silent for line in range(item.start[0], item.end[0] + 1)}
+    for node in (*functions, *classes):
+        code -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1)) if ast.get_docstring(node) else set()
+    assert len(code) <= 2300
+    for node in classes:
+        stored = [
+            item for item in ast.walk(node) if isinstance(item, ast.Attribute) and isinstance(item.ctx, ast.Store)
+        ]
+        attributes = {item.attr for item in stored if ast.unparse(item.value) == "self"}
+        assert len(attributes) < 20, (node.name, attributes)
+        assert len([item for item in node.body if item in functions]) < 30, node.name
+
+
 def test_sections_in_order():
     """As seções do arquivo, sob suas faixas, estão na ordem da arquitetura."""
     titles = re.findall(r"^# =+\n# (.+)\n# =+$", source, re.MULTILINE)
