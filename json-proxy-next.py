@@ -1290,10 +1290,11 @@ class redis_link:
                 if len(data) < receive_size and not getattr(self.socket, "pending", int)():
                     break
             else:
-                raise redis.ConnectionError("conexão fechada pelo servidor")
+                self.lose(redis.ConnectionError("conexão fechada pelo servidor"))
+                return
         except (BlockingIOError, ssl.SSLWantReadError):
             pass
-        except (OSError, redis.ConnectionError) as error:
+        except OSError as error:
             self.lose(error)
             return
         if self.missing > 0:
@@ -1348,10 +1349,11 @@ class redis_link:
         Retorna:
             list: as respostas, com os erros do Redis no lugar das suas.
         """
-        while True:
+        while commands:
             await self.up.wait()
             with contextlib.suppress(*redis_failures):
                 return await self.send(*commands)
+        return []
 
     async def ready(self):
         """Espera a conexão de que uma requisição precisa; se caiu, apressa a próxima tentativa.
@@ -1740,20 +1742,20 @@ class client(asyncio.Protocol):
 
     __slots__ = ("bytes", "first_at", "is_chunked", "lines", "room", "sent_at", "skipped", "stream", "transport")
 
-    def __init__(self, stream):
+    def __init__(self, owner):
         """Começa sem socket.
 
         Argumentos:
-            stream (stream): dono, que será avisado quando o cliente sair.
+            owner (stream): quem será avisado quando o cliente sair.
         """
-        self.stream, self.is_chunked = stream, stream.task.is_chunked
+        self.stream, self.is_chunked = owner, owner.task.is_chunked
         # O transporte do asyncio, depois da entrega.
         self.transport = None
         # Futuro à espera de que o cliente leia, ou se vá; None se cabe mais.
         self.room = None
         # O que o log conta, quando saiu a primeira linha e o que quer que seja por último.
         self.lines = self.bytes = self.skipped = 0
-        self.first_at, self.sent_at = None, stream.task.started
+        self.first_at, self.sent_at = None, owner.task.started
 
     def connection_made(self, transport):
         """Recebe o socket.
@@ -1856,13 +1858,13 @@ class stream:
     __slots__ = ("accepted", "client", "handed", "is_late", "is_noticed", "last_line", "reason", "runner", "sequence",
                  "tail", "task", "timer", "waiter")
 
-    def __init__(self, task):
+    def __init__(self, asked):
         """Prepara o stream, na thread da requisição.
 
         Argumentos:
-            task (task): a tarefa do cliente.
+            asked (task): a tarefa do cliente.
         """
-        self.task = task
+        self.task = asked
         self.client = client(self)
         # O que a thread espera, a aceitação da tarefa ou uma refusal; None depois da entrega.
         self.accepted = concurrent.futures.Future()
@@ -1875,7 +1877,7 @@ class stream:
         # O Redis avisou depois da última retirada; o futuro que o aviso acorda.
         self.is_noticed, self.waiter = False, None
         # O próximo prazo, se MAXTIME já se esgotou, e de quando ele conta.
-        self.timer, self.is_late, self.last_line = None, False, task.started
+        self.timer, self.is_late, self.last_line = None, False, asked.started
 
     # -- chamados no laço, por quem submete, entrega, avisa ou encerra ---------
 
@@ -2108,26 +2110,26 @@ class stream:
         if self.timer is not None:
             self.timer.cancel()
         live.pop(self, None)
-        task, counts = self.task, self.client
-        if names.pop(task.key, None) is None:
+        asked, sent = self.task, self.client
+        if names.pop(asked.key, None) is None:
             return
-        del names[task.list]
-        removals.append(task)
+        del names[asked.list]
+        removals.append(asked)
         has_removals.set()
         gate.served += 1
         if self.reason in (ended_timeout, ended_shutdown):
             self.tail = MAXTIME_ERROR + b"\n" if self.reason == ended_timeout else error_line("shutdown")
         if self.reason in (ended_timeout, ended_shutdown, ended_error):
-            counts.count(self.tail, len(self.tail) > 0, is_ours=True)
+            sent.count(self.tail, len(self.tail) > 0, is_ours=True)
         now = loop.time()
-        if meter is not None and counts.transport is not None:
+        if meter is not None and sent.transport is not None:
             meter.ends[self.reason].inc()
-            meter.duration.observe(now - task.started)
+            meter.duration.observe(now - asked.started)
         log.info(
             "tarefa=%s cliente=%s metodo=%s caminho=%s fim=%s linhas=%d bytes=%d puladas=%d primeira_ms=%s duracao_ms=%d",
-            task.name, task.client, task.method, task.path, self.reason, counts.lines, counts.bytes, counts.skipped,
-            "-" if counts.first_at is None else round((counts.first_at - task.started) * 1000),
-            round((now - task.started) * 1000),
+            asked.name, asked.client, asked.method, asked.path, self.reason, sent.lines, sent.bytes, sent.skipped,
+            "-" if sent.first_at is None else round((sent.first_at - asked.started) * 1000),
+            round((now - asked.started) * 1000),
         )
 
 
@@ -2138,9 +2140,9 @@ def hear_changes(keys):
         keys (list[bytes]): chaves que mudaram, nossas, já encerradas ou de outro proxy no mesmo Redis.
     """
     for key in keys:
-        stream = names.get(key)
-        if stream is not None:
-            stream.wake()
+        owner = names.get(key)
+        if owner is not None:
+            owner.wake()
         elif len(strangers) < most_strangers and not key.endswith(b":taken"):
             strangers.add(key)
 
@@ -2262,8 +2264,8 @@ async def examine(part):
     Argumentos:
         part (list[stream]): streams a examinar.
     """
-    tasks = [each.task for each in part]
-    replies = await link.insist(*[word for task in tasks for word in (("TYPE", task.key), ("EXISTS", task.list))])
+    commands = [(("TYPE", each.task.key), ("EXISTS", each.task.list)) for each in part]
+    replies = await link.insist(*itertools.chain.from_iterable(commands))
     for each, kind, lines in zip(part, replies[::2], replies[1::2], strict=True):
         if kind != b"string" or lines != 0:
             each.wake()
@@ -2302,9 +2304,9 @@ async def remove_keys():
     while True:
         await has_removals.wait()
         part = list(itertools.islice(removals, slice_size))
-        keys = [key for task in part for key in (task.key, task.list, task.taken)]
+        keys = [key for each in part for key in (each.key, each.list, each.taken)]
         # Sair da fila a cada fim a mantém do tamanho do que está vivo: é o que torna barato o LREM.
-        queued = [("LREM", REDIS_QUEUE, 1, task.key) for task in part] if REDIS_QUEUE else []
+        queued = [("LREM", REDIS_QUEUE, 1, each.key) for each in part] if REDIS_QUEUE else []
         replies = await link.insist(("UNLINK", *keys), *queued)
         if isinstance(replies[0], Exception):
             warn_rarely(f"o Redis não apagou as chaves das tarefas: {reason(replies[0])}")
@@ -2336,13 +2338,10 @@ async def expire_lone(keys):
     Argumentos:
         keys (list[bytes]): nomes com os nossos prefixos.
     """
-    if not keys:
-        return
-    replies = await link.insist(*[word for key in keys for word in (("TYPE", key), ("TTL", key))])
+    replies = await link.insist(*[command for key in keys for command in (("TYPE", key), ("TTL", key))])
     found = zip(keys, replies[::2], replies[1::2], strict=True)
     lone = [key for key, kind, ttl in found if kind == b"list" and ttl == -1 and key not in names]
-    if lone:
-        await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in lone])
+    await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in lone])
 
 
 async def catch_up():
@@ -2376,8 +2375,7 @@ async def look_for_dead():
         exist = await link.insist(*[("EXISTS", key) for key in found])
         # Do que não é tarefa, posto ali por outro programa, a falta da chave nada diz.
         dead = [key for key, count in zip(found, exist, strict=True) if count == 0 and key.startswith(prefixes[1])]
-        for key in dead:
-            await link.insist(("LREM", REDIS_QUEUE, 1, key))
+        await link.insist(*[("LREM", REDIS_QUEUE, 1, key) for key in dead])
         start += len(found) - len(dead)
         await asyncio.sleep(dead_pause)
 
@@ -2393,24 +2391,6 @@ async def keep_systemd_informed():
     while "NOTIFY_SOCKET" in os.environ:
         tell_systemd()
         await asyncio.sleep(status_interval)
-
-
-async def dismiss(connection, response):
-    """Responde a uma recusa e descarta o que o cliente ainda envia: fechar antes apagaria a resposta (RST).
-
-    Argumentos:
-        connection (socket.socket): socket entregue.
-        response (bytes): a resposta inteira.
-    """
-    with contextlib.suppress(OSError):
-        reader, writer = await asyncio.open_connection(sock=connection)
-        writer.write(response)
-        writer.write_eof()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(closing_patience):
-                while await reader.read(read_size):
-                    pass
-        writer.close()
 
 
 async def sweep_late():
@@ -2965,6 +2945,24 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             warn_rarely(f"o servidor HTTP não entendeu uma requisição: {type(error).__name__}: {error}", "requisição")
+
+
+async def dismiss(connection, response):
+    """Responde a uma recusa e descarta o que o cliente ainda envia: fechar antes apagaria a resposta (RST).
+
+    Argumentos:
+        connection (socket.socket): socket entregue.
+        response (bytes): a resposta inteira.
+    """
+    with contextlib.suppress(OSError):
+        reader, writer = await asyncio.open_connection(sock=connection)
+        writer.write(response)
+        writer.write_eof()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(closing_patience):
+                while await reader.read(read_size):
+                    pass
+        writer.close()
 
 
 class waitress_error:
