@@ -2219,7 +2219,7 @@ async def keep_link():
             link.hurry.clear()
             if failures:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(link.hurry.wait(), min(1.0, 0.05 * 2 ** min(failures, 6)))
+                    await asyncio.wait_for(link.hurry.wait(), min(1.0, 0.05 * 2 ** min(failures - 1, 5)))
             try:
                 await link.open()
             except (redis.RedisError, OSError, RuntimeError) as error:
@@ -2825,6 +2825,8 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
     """Atende uma conexão, e nela uma só requisição, no servidor do Flask."""
 
     disable_nagle_algorithm = True
+    # O werkzeug a supõe lida, também ao responder a quem nada enviou.
+    requestline = ""
 
     def setup(self):
         """Começa a contar o prazo da requisição."""
