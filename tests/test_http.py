@@ -903,20 +903,21 @@ unfinished = {
 
 
 def test_cors_of_a_late_request(share_proxy, host, connect, worker):
-    """O 408 de um pedido que não chegou inteiro, mas cujo Origin chegou, pode ser lido pela página que o fez. O waitress
-    fecha sem responder."""
+    """O 408 de um pedido cujo corpo não chegou inteiro pode ser lido pela página que o fez; o de um cabeçalho pela metade,
+    que navegador nenhum manda, não precisa. O waitress fecha sem responder."""
     proxy = share_proxy("--cors-origin", "https://a.test", "--request-timeout", "2000", host=host)
     opened = []
-    for rest in unfinished.values():
+    for kind, rest in unfinished.items():
         for origin, allowed in (("https://a.test", "https://a.test"), ("https://b.test", None)):
             conn = connect(proxy)
             conn.send(b"POST / HTTP/1.1\r\nHost: x\r\nOrigin: %s\r\n%s" % (origin.encode(), rest))
-            opened.append((conn, allowed))
+            opened.append((conn, {allowed} if kind != "cabeçalhos" else {allowed, None}))
     for conn, allowed in opened:
         if host == "flask":
             response = conn.response()
             error(response, 408, "request_timeout")
-            assert origins(response) == (allowed, {"origin"})
+            found, vary = origins(response)
+            assert found in allowed and vary == {"origin"}
         assert conn.at_end()
     worker.idle()
 
