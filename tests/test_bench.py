@@ -100,20 +100,21 @@ def test_targets_are_judged_by_their_own_base(bench):
         return {"latency_p50_ms": value, "whole": 3 - broken, "broken": broken, "short": short}
 
     found = {
-        ("L1000", "proxy-flask"): figures(0.54),
+        ("L1000", "proxy-flask"): figures(0.57),
         ("L1000", "limit"): figures(0.30),
-        ("L1000", "limit-redis"): figures(0.38),
+        ("IDLE18000", "proxy-flask"): figures(1.70),
+        ("L1", "proxy-flask"): figures(1.00),
     }
-    strict, loose = (
-        next(target for target in report.targets if target[0] == f"L1000: p50 ≤ 1,5 × {name}")
-        for name in ("limit", "limit-redis")
+    beside, alone = (
+        next(target for target in report.targets if target[0] == name)
+        for name in ("L1000: p50 ≤ 1,8 × limit", "18.000 em silêncio: p50 da linha avulsa ≤ 2 × L1")
     )
-    assert report.judge(found, "proxy-flask", strict) == "1,80 × **não**"
-    assert report.judge(found, "proxy-flask", loose) == "1,42 × sim"
-    found["L1000", "limit-redis"] = figures(0.38, short=True)
-    assert report.judge(found, "proxy-flask", loose) == "n/d"
+    assert report.judge(found, "proxy-flask", beside) == "1,90 × **não**"
+    assert report.judge(found, "proxy-flask", alone) == "1,70 × sim"
+    found["L1", "proxy-flask"] = figures(1.00, short=True)
+    assert report.judge(found, "proxy-flask", alone) == "n/d"
     found["L1000", "proxy-flask"] = figures(0.1, broken=1)
-    assert report.judge(found, "proxy-flask", strict) == "**quebrado** (1 de 3)"
+    assert report.judge(found, "proxy-flask", beside) == "**quebrado** (1 de 3)"
 
 
 @pytest.mark.parametrize(("server", "status"), [("proxy-flask", 1), ("limit", 1), ("webdis", 0), ("nchan", 0)])

@@ -10,12 +10,10 @@ proxies = ("proxy-flask", "proxy-waitress", "proxy-poll")
 peers = ("limit", "limit-redis", "nchan", "webdis")
 # Clientes que saem no meio do silêncio de IDLE.
 leavers = 20
-# O REDIS_TTL padrão do proxy, em segundos.
-usual_ttl = 600
 # As configurações de END, THR, REQ e BIG: as linhas saem em lotes, sem pausa depois de cada uma.
 batches = {"PAUSE": 0}
-# As de MUTE: com um minuto de INTERVAL, a consulta periódica não corre durante a medição.
-mute = {"INTERVAL": 60000}
+# A de RENEW: a validade é renovada a cada 5 s, e não a cada 200.
+renewal = {"REDIS_TTL": 15}
 
 
 def timed(make, seed, streams, lines, gap, every=True):
@@ -67,18 +65,21 @@ def clients(bench):
     return bench.redis.usage()["clients"] - rig.worker_clients[bench.server.worker]
 
 
-def idle(make, seed, streams, seconds, settings=None):
-    """Deixa streams em silêncio e mede o que custam (IDLE, MUTE).
+def idle(make, seed, streams, seconds, settings=None, lines=0, gap=None):
+    """Deixa streams em silêncio e mede o que custam, e a linha avulsa que passa entre eles (IDLE, IDLE18000, RENEW).
 
     Argumentos:
         make: classe do concorrente.
         seed: semente da rodada.
-        streams: quantos.
+        streams: quantos em silêncio.
         seconds: duração do silêncio.
         settings: outras configurações do proxy (nome -> valor), ou None.
+        lines: linhas de um stream a mais, o único ativo; 0 se não há nenhum.
+        gap: [mínimo, máximo] segundos entre elas.
 
     Retorna:
-        dict: processador por 1000 streams e minuto, conexões, comandos por segundo, memória e saída de clientes.
+        dict: processador por 1000 streams e minuto, conexões, comandos por segundo, memória, threads, saída de clientes
+        e latências do ativo.
     """
     with rig.rig(make, seed, settings=settings) as bench:
         time.sleep(0.5)
@@ -89,49 +90,68 @@ def idle(make, seed, streams, seconds, settings=None):
         time.sleep(seconds)
         after = bench.usage()
         full = bench.server.memory()
-        connected = clients(bench)
         took = after["when"] - before["when"]
         share = 1000 / streams * 60 / took
+        calls = bench.calls(before, after)
         figures = {
             "server_cpu_s": (sum(after["server"]) - sum(before["server"])) * share,
             "redis_cpu_s": (after["redis"]["cpu"] - before["redis"]["cpu"]) * share,
-            "redis_clients": connected,
-            "redis_commands_s": sum(bench.calls(before, after).values()) / took,
+            "redis_clients": clients(bench),
+            "redis_commands_s": sum(calls.values()) / took,
+            "expires": calls.get("expire", 0) / streams,
             "memory_kib": (full - empty) / streams,
             "memory_empty_kib": empty,
+            "threads": bench.server.threads(),
             "open_s": opened["seconds"],
         }
+        if lines:
+            figures |= alone(bench, first + streams, lines, gap)
         staying = streams
         if make.name in proxies:
+            wait_keys(bench, streams)
             staying -= leavers
-            figures["gone_ms"] = gone(bench, first + staying, leavers, streams)
+            figures["gone_ms"] = gone(bench, first + staying, leavers, staying)
         # Silêncio sem stream perdido: cada um dos que ficaram ainda recebe uma linha e acaba.
         rest = bench.play("after", first, staying, 1, [0, max(1.0, streams / 1000)])
-        figures |= {f"after_{name}": rest[name] for name in ("latency_p50_ms", "latency_p99_ms")}
         if make.name in proxies:
             wait_keys(bench, 0)
-        return figures
+        return figures | {f"after_{name}": rest[name] for name in ("latency_p50_ms", "latency_p99_ms")}
 
 
-def gone(bench, number, count, alive):
+def alone(bench, number, lines, gap):
+    """Abre um stream entre os que estão em silêncio e lhe envia linhas no tempo.
+
+    Argumentos:
+        bench: a bancada.
+        number: número dele.
+        lines: quantas linhas.
+        gap: [mínimo, máximo] segundos entre elas.
+
+    Retorna:
+        dict: latências.
+    """
+    bench.open(number, 1)
+    figures = bench.play("timed", number, 1, lines, gap, end=False)
+    bench.worker.do("timed", seed="end", first=number, count=1, lines=0, gap=[0, 0], pad=0, end=True)
+    bench.driver.do("settle", quiet=0.3, timeout=60)
+    bench.check(number, 1, lines, 0, True, {})
+    return {name: value for name, value in figures.items() if name.startswith("latency")}
+
+
+def gone(bench, number, count, left):
     """Mede de quando clientes saem em silêncio, entre muitos que ficam, até que o último vestígio deles suma do Redis.
 
     Argumentos:
-        bench: a bancada, com os streams em silêncio.
+        bench: a bancada, com os streams em silêncio: cada um tem uma chave no Redis.
         number: número do primeiro que sai.
         count: quantos saem.
-        alive: quantos streams há, com os que saem; cada um em silêncio tem uma chave no Redis.
+        left: quantos ficam.
 
     Retorna:
         float: milissegundos.
-
-    Levanta:
-        rig.broken: se as chaves não eram as esperadas, ou se as de quem saiu não sumiram.
     """
-    if bench.redis.keys() != alive:
-        raise rig.broken(f"{bench.redis.keys()} chaves no Redis, e não {alive}")
     began = bench.driver.do("drop", first=number, count=count)["now"]
-    wait_keys(bench, alive - count)
+    wait_keys(bench, left)
     return (time.monotonic_ns() - began) / 1e6
 
 
@@ -150,63 +170,6 @@ def wait_keys(bench, count):
         if keys < count or time.monotonic() > deadline:
             raise rig.broken(f"{keys} chaves no Redis, e não {count}")
         time.sleep(0.001)
-
-
-def renew(make, seed, streams, ttl, seconds):
-    """Mede a renovação da validade das chaves, que o silêncio curto de IDLE não alcança (RENEW).
-
-    Com um REDIS_TTL curto, um trecho sem renovação e um período inteiro dela (um terço de REDIS_TTL), em que cada stream
-    é renovado uma vez. O que o período gasta a mais, dividido pelo período do REDIS_TTL padrão, é o que a renovação soma
-    ao silêncio.
-
-    Argumentos:
-        make: classe do concorrente.
-        seed: semente da rodada.
-        streams: quantos.
-        ttl: REDIS_TTL da medição, em segundos.
-        seconds: duração do trecho sem renovação.
-
-    Retorna:
-        dict: EXPIRE por stream e renovação; comandos por segundo e processador por 1000 streams e minuto, só da
-        renovação e com o silêncio, com o REDIS_TTL padrão.
-
-    Levanta:
-        rig.broken: se a renovação não caiu inteira no período medido.
-    """
-    with rig.rig(make, seed, settings={"REDIS_TTL": ttl}) as bench:
-        began = time.monotonic()
-        bench.open(first, streams)
-        opened = time.monotonic()
-        time.sleep(1.5)
-        readings = [bench.usage()]
-        for pause in (seconds, ttl / 3):
-            time.sleep(readings[-1]["when"] + pause - time.monotonic())
-            readings.append(bench.usage())
-        start, middle, end = readings
-        # Cada stream é renovado um período depois de aberto, e depois a cada período.
-        first_turn, last_turn, second_turn = began + ttl / 3, opened + ttl / 3, began + 2 * ttl / 3
-        if not (middle["when"] < first_turn and last_turn < end["when"] < second_turn):
-            raise rig.broken("a máquina atrasou a medição: o período não contém uma renovação inteira")
-        before, during = bench.calls(start, middle), bench.calls(middle, end)
-        if before.get("expire") or during.get("expire", 0) < streams:
-            raise rig.broken(f"EXPIRE: {before.get('expire', 0)} antes do período e {during.get('expire', 0)} nele")
-        took, period = middle["when"] - start["when"], end["when"] - middle["when"]
-        spent = {
-            "server_cpu_s": [sum(reading["server"]) for reading in readings],
-            "redis_cpu_s": [reading["redis"]["cpu"] for reading in readings],
-        }
-        figures = {"renewal_expires": during["expire"] / streams}
-        share = 1000 / streams
-        figures["renewal_commands_s"] = during["expire"] * share / (usual_ttl / 3)
-        figures["redis_commands_s"] = sum(before.values()) / took + figures["renewal_commands_s"]
-        for name, (first_value, second, third) in spent.items():
-            rate = (second - first_value) / took
-            figures[f"renewal_{name}"] = (third - second - rate * period) * share * 60 / (usual_ttl / 3)
-            figures[name] = rate * share * 60 + figures[f"renewal_{name}"]
-        # As chaves renovadas continuam vivas: cada stream ainda recebe uma linha e acaba.
-        bench.play("after", first, streams, 1, [0, 1])
-        wait_keys(bench, 0)
-        return figures
 
 
 def opening(make, seed, streams):
@@ -333,31 +296,6 @@ def big(make, seed, lines, pad, streams):
         }
 
 
-def lone(make, seed, streams, lines, gap):
-    """Um stream ativo entre muitos em silêncio (LONE).
-
-    Argumentos:
-        make: classe do concorrente.
-        seed: semente da rodada.
-        streams: quantos em silêncio.
-        lines: linhas do ativo.
-        gap: [mínimo, máximo] segundos entre as linhas.
-
-    Retorna:
-        dict: latências do ativo.
-    """
-    with rig.rig(make, seed) as bench:
-        bench.open(first, streams + 1)
-        active = first + streams
-        time.sleep(1)
-        figures = bench.play("timed", active, 1, lines, gap, end=False)
-        bench.worker.do("timed", seed=seed, first=first, count=streams + 1, lines=0, gap=[0, 3], pad=0, end=bench.ends)
-        bench.wait_end(True)
-        bench.check(first, streams, 0, 0, True, {})
-        bench.check(active, 1, lines, 0, True, {})
-        return figures
-
-
 def foreign(make, seed, streams, lines, gap, idle_streams):
     """Dois proxies no mesmo Redis: o que o tráfego de um custa ao outro (FOREIGN).
 
@@ -438,7 +376,7 @@ class scenario:
 
 everyone = (*proxies, *peers)
 measured = (*everyone, "floor")
-every_five = {"lines": 4, "gap": [4.5, 5.5], "every": False}
+scale = {"lines": 4, "every": False}
 scenarios = {
     "L1": scenario(
         timed,
@@ -451,11 +389,8 @@ scenarios = {
     "L1000": scenario(timed, measured, 1000, {"streams": 1000, "lines": 5, "gap": [0.5, 2]}),
     "END": scenario(end, (*proxies, "limit", "limit-redis", "nchan", "floor"), 100, {"streams": 100, "gap": [0.5, 4]}),
     "IDLE": scenario(idle, everyone, 1000, {"streams": 1000, "seconds": 15}, {"streams": 300, "seconds": 5}),
-    "IDLE5000": scenario(idle, everyone, 5000, {"streams": 5000, "seconds": 15}),
-    "IDLE10000": scenario(idle, everyone, 10000, {"streams": 10000, "seconds": 15}),
-    "MUTE": scenario(idle, proxies, 1000, {"streams": 1000, "seconds": 15, "settings": mute}),
-    "MUTE10000": scenario(idle, proxies, 10000, {"streams": 10000, "seconds": 15, "settings": mute}),
-    "RENEW": scenario(renew, proxies, 1000, {"streams": 1000, "ttl": 60, "seconds": 10}),
+    "IDLE18000": scenario(idle, everyone, 18001, {"streams": 18000, "seconds": 15, "lines": 50, "gap": [0.3, 0.7]}),
+    "RENEW": scenario(idle, proxies, 1000, {"streams": 1000, "seconds": 15, "settings": renewal}),
     "OPEN": scenario(opening, measured, 1000, {"streams": 1000}),
     "THR": scenario(throughput, measured, 20, {"streams": 20, "lines": 5000}, {"streams": 20, "lines": 1000}),
     "REQ": scenario(
@@ -466,9 +401,9 @@ scenarios = {
         {"total": 5000, "parallel": 32, "seconds": 2},
     ),
     "BIG": scenario(big, everyone, 4, {"lines": 20, "pad": 1_000_000, "streams": 4}),
-    "SCALE2000": scenario(timed, measured, 2000, {"streams": 2000, **every_five}),
-    "SCALE5000": scenario(timed, measured, 5000, {"streams": 5000, **every_five}),
-    "SCALE10000": scenario(timed, measured, 10000, {"streams": 10000, **every_five}),
-    "LONE": scenario(lone, everyone, 10000, {"streams": 10000, "lines": 50, "gap": [0.3, 0.7]}),
+    "SCALE2000": scenario(timed, measured, 2000, {"streams": 2000, **scale, "gap": [4.5, 5.5]}),
+    "SCALE10000": scenario(timed, measured, 10000, {"streams": 10000, **scale, "gap": [4.5, 5.5]}),
+    # O ritmo de SCALE10000, 2.000 linhas por segundo.
+    "SCALE18000": scenario(timed, measured, 18000, {"streams": 18000, **scale, "gap": [8.1, 9.9]}),
     "FOREIGN": scenario(foreign, proxies, 1000, {"streams": 1000, "lines": 8, "gap": [0.5, 1.5], "idle_streams": 1000}),
 }

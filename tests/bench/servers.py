@@ -214,6 +214,14 @@ class process:
                 total += int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])
         return total
 
+    def threads(self):
+        """Conta as threads do processo e de seus filhos.
+
+        Retorna:
+            int: quantas.
+        """
+        return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in self.pids())
+
     def stop(self):
         """Encerra o processo e espera que saia; a contragosto, se preciso."""
         if self.child is None:
@@ -391,7 +399,8 @@ class proxy(contestant):
             "HTTP_HOST": host,
             "HTTP_PORT": "0",
             "REDIS_SERVER": f"{host}:{redis.port}/0",
-            "MAX_STREAMS": "12000",
+            # Os 18.001 de IDLE18000, e sobra nos 20.000 descritores para as conexões que ainda não são streams.
+            "MAX_STREAMS": "18500",
             "MAXTIME": "600000",
             "ENV_FILE": str(empty),
             **self.settings,
