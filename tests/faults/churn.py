@@ -7,10 +7,11 @@ um intermediário que, uma vez por minuto, derruba tudo e recusa conexões por d
 Mede em repouso (no início, depois de um aquecimento com a carga inteira, e no fim) e sob carga (a cada minuto): memória
 (PSS), linhas de execução, descritores, chaves no Redis e streams abertos.
 
-A regra: em repouso, no fim, a memória é no máximo 10% e 8 MiB maior que no início; linhas de execução e descritores não
-passam dos do início; nenhuma chave resta. Sob carga, da primeira à última medida, a memória não cresce mais que 15% e
-8 MiB; linhas de execução e descritores, mais que 30% e 40. E nenhum stream que ficou até o fim perde, repete ou troca
-uma linha, ou acaba sem o seu fim; só há 504 perto de um corte, e nenhum outro status de erro; nenhum traceback."""
+A regra: em repouso, no fim, a memória é no máximo 10% e 8 MiB maior que no início; os descritores não passam dos do
+início, nem as linhas de execução em mais de seis; nenhuma chave resta. Sob carga, da primeira à última medida, a
+memória não cresce mais que 15% e 8 MiB; linhas de execução e descritores, mais que 30% e 40. E nenhum stream que ficou
+até o fim perde, repete ou troca uma linha, ou acaba sem o seu fim; só há 504 perto de um corte, e nenhum outro status
+de erro; nenhum traceback."""
 
 import argparse
 import collections
@@ -35,6 +36,8 @@ import support
 # Duração de um corte e folga depois dele em que um 504 é aceito, em segundos.
 outage = 2.0
 recovery = 8.0
+# Linhas de execução que reabrir a conexão com o Redis pode deixar à espera (as do executor do asyncio).
+pool_threads = 6
 # Aquecimento, e espera pelo repouso depois da carga, em segundos.
 warm_time = 20.0
 rest_time = 90.0
@@ -329,8 +332,8 @@ def rest_problems(start, end):
     problems = []
     if end["memory"] > start["memory"] * 1.10 + 8192:
         problems.append(f"memória em repouso: de {start['memory']} a {end['memory']} KiB")
-    for name in ("threads", "descriptors"):
-        if end[name] > start[name]:
+    for name, slack in (("threads", pool_threads), ("descriptors", 0)):
+        if end[name] > start[name] + slack:
             problems.append(f"{name} em repouso: de {start[name]} a {end[name]}")
     if end["keys"]:
         problems.append(f"{end['keys']} chaves restam")
