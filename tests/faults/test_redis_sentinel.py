@@ -410,8 +410,10 @@ def test_passwords_and_a_dead_sentinel(start_cluster, start_proxy, connect, fetc
 
 
 def test_demoted_master(start_cluster, start_proxy, connect):
-    """Uma troca a pedido (SENTINEL FAILOVER): o mestre antigo segue vivo, como réplica, e o proxy passa para o novo."""
+    """Uma troca a pedido (SENTINEL FAILOVER): o mestre antigo segue vivo, como réplica, e o proxy passa para o novo. E um
+    nome de grupo que as sentinelas não conhecem não serve para partir."""
     group = start_cluster()
+    refused_start(group.address.replace("mymaster", "outro"), 1, 2)
     proxy = start_proxy("-t", 60000, env={"REDIS_SERVER": group.address})
     first = group.master()
     with contextlib.closing(first.new_client()) as client, contextlib.closing(harness.worker(client)) as worker:
@@ -433,22 +435,25 @@ def test_demoted_master(start_cluster, start_proxy, connect):
         support.wait_empty(client, 5)
 
 
-def test_refusals(start_cluster, start_proxy):
-    """Nome de grupo que as sentinelas não conhecem, nenhuma sentinela no ar, endereço malfeito: uma frase e um código."""
-    group = start_cluster()
+def refused_start(address, *statuses):
+    """Confere que o proxy não parte com um endereço, e o diz em uma frase. Argumentos: address; statuses, os códigos."""
     known = {"HTTP_PORT": "0", "HTTP_HOST": "127.0.0.1", "ENV_FILE": "/dev/null"}
-    for address, statuses in {
-        group.address.replace("mymaster", "outro"): (1, 2),
-        f"sentinel://127.0.0.1:{harness.free_port()}/mymaster/1": (1,),
-        "sentinel://127.0.0.1:26379": (2,),
-        "sentinel:///mymaster/1": (2,),
-        "sentinel://127.0.0.1:x/mymaster/1": (2,),
-        "sentinel://127.0.0.1:99999/mymaster/1": (2,),
-        "sentinel://[::::]:26379/mymaster/1": (2,),
-        "sentinel://127.0.0.1:26379/mymaster/99999999999999999999": (2,),
-        "sentinel://127.0.0.1:26379/mymaster/um": (2,),
-    }.items():
-        done = harness.run_proxy(env={**known, "REDIS_SERVER": address})
-        assert done.status in statuses, (address, done)
-        assert "Traceback" not in done.err and done.err.startswith("erro: "), done
-        assert done.took < 15, done
+    done = harness.run_proxy(env={**known, "REDIS_SERVER": address})
+    assert done.status in statuses, (address, done)
+    assert "Traceback" not in done.err and done.err.startswith("erro: "), done
+    assert done.took < 15, done
+
+
+def test_refusals():
+    """8 endereços: nenhuma sentinela no ar, ou malfeito: uma frase e um código."""
+    refused_start(f"sentinel://127.0.0.1:{harness.free_port()}/mymaster/1", 1)
+    for address in (
+        "sentinel://127.0.0.1:26379",
+        "sentinel:///mymaster/1",
+        "sentinel://127.0.0.1:x/mymaster/1",
+        "sentinel://127.0.0.1:99999/mymaster/1",
+        "sentinel://[::::]:26379/mymaster/1",
+        "sentinel://127.0.0.1:26379/mymaster/99999999999999999999",
+        "sentinel://127.0.0.1:26379/mymaster/um",
+    ):
+        refused_start(address, 2)
