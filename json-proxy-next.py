@@ -515,7 +515,7 @@ settings = [
     setting("REDIS_WAKE", ("--wake",), switch_kind, "on", "Redis", "",
             "o Redis avisa qual chave mudou, e a linha sai antes de INTERVAL"),
     setting("INTERVAL", ("-i", "--interval"), integer(1, day), "200", "Tempos", "ms",
-            "espera máxima entre duas consultas à lista vazia"),
+            "tempo entre duas consultas por linhas novas; com os avisos, só uma rede"),
     setting("PAUSE", ("-P", "--pause"), integer(0, day), "20", "Tempos", "ms",
             "pausa depois de enviar uma linha; 0 envia em lotes"),
     setting("MAXTIME", ("-t", "--maxtime"), integer(1, day), "45000", "Tempos", "ms",
@@ -1702,7 +1702,7 @@ send_buffer = 262144
 live = {}
 names = {}
 runners = {}
-# Tarefas encerradas cujas chaves falta apagar: além do limite, a validade das chaves faz o serviço.
+# Chaves de tarefas encerradas, por apagar: além do limite, a validade das chaves faz o serviço.
 removals = collections.deque(maxlen=10000)
 has_removals = asyncio.Event()
 # Nomes de que o Redis falou e que não são de um stream vivo: talvez listas sem dono.
@@ -1967,6 +1967,8 @@ class stream:
                 self.client.transport.abort()
             else:
                 await self.client.finish(self.tail)
+        # Um apontaria para o outro até que o coletor de lixo, raro, os achasse.
+        self.client = None
 
     async def receive_socket(self):
         """Espera que a thread entregue o socket, e envia o cabeçalho.
@@ -2114,7 +2116,7 @@ class stream:
         if names.pop(asked.key, None) is None:
             return
         del names[asked.list]
-        removals.append(asked)
+        removals.append((asked.key, asked.list, asked.taken))
         has_removals.set()
         gate.served += 1
         if self.reason in (ended_timeout, ended_shutdown):
@@ -2304,9 +2306,9 @@ async def remove_keys():
     while True:
         await has_removals.wait()
         part = list(itertools.islice(removals, slice_size))
-        keys = [key for each in part for key in (each.key, each.list, each.taken)]
+        keys = itertools.chain.from_iterable(part)
         # Sair da fila a cada fim a mantém do tamanho do que está vivo: é o que torna barato o LREM.
-        queued = [("LREM", REDIS_QUEUE, 1, each.key) for each in part] if REDIS_QUEUE else []
+        queued = [("LREM", REDIS_QUEUE, 1, key) for key, _, _ in part] if REDIS_QUEUE else []
         replies = await link.insist(("UNLINK", *keys), *queued)
         if isinstance(replies[0], Exception):
             warn_rarely(f"o Redis não apagou as chaves das tarefas: {reason(replies[0])}")
@@ -2454,19 +2456,6 @@ def route_as_sent(environ, start_response):
 app.wsgi_app = route_as_sent
 
 
-def call_loop(coroutine):
-    """Roda no laço o que uma thread precisa dele, e espera o resultado.
-
-    Argumentos:
-        coroutine (coroutine): o que rodar.
-    Retorna:
-        object: o resultado.
-    Levanta:
-        TimeoutError: se não veio em answer_timeout segundos.
-    """
-    return asyncio.run_coroutine_threadsafe(coroutine, loop).result(answer_timeout)
-
-
 def cors_headers(origin):
     """Monta os cabeçalhos de CORS de qualquer resposta.
 
@@ -2585,8 +2574,8 @@ def ping():
     Retorna:
         flask.Response: 200 "pong" se o Redis respondeu; senão 500, em texto.
     """
-    with contextlib.suppress(TimeoutError, concurrent.futures.TimeoutError):
-        if call_loop(redis_ping()):
+    with contextlib.suppress(TimeoutError):
+        if asyncio.run_coroutine_threadsafe(redis_ping(), loop).result(answer_timeout):
             return flask.Response("pong", content_type="text/plain; charset=utf-8")
     return flask.Response("o Redis não respondeu", 500, content_type="text/plain; charset=utf-8")
 
@@ -2701,11 +2690,10 @@ def streaming():
     loop.call_soon_threadsafe(made.begin)
     try:
         made.accepted.result(answer_timeout)
-    except (TimeoutError, concurrent.futures.TimeoutError):
+    except TimeoutError:
         loop.call_soon_threadsafe(made.adopt, None, b"")
         raise refusal(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes") from None
     response.owner = made
-    del response.headers["Content-Length"]
     response.headers["X-Task-Name"] = made.task.name
     return response
 
@@ -2871,6 +2859,9 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         Retorna:
             dict: ambiente com o alvo como veio: self.path já perdeu as barras repetidas do início.
         """
+        # O werkzeug 2.2 os tomaria pelos que têm "-", e X_Forwarded_For forjaria um endereço.
+        for name in [name for name in self.headers if "_" in name]:
+            del self.headers[name]
         if self.request_version != "HTTP/1.1":
             # Quem fala HTTP/1.0 não conhece chunks.
             self.protocol_version = "HTTP/1.0"
@@ -3398,7 +3389,7 @@ def unsent():
     Retorna:
         int: streams vivos, bytes que seus clientes não leram e respostas que as threads fazem.
     """
-    transports = [each.client.transport for each in runners.values() if each.client.transport is not None]
+    transports = [each.client.transport for each in runners.values() if each.client and each.client.transport]
     waiting = sum(due == math.inf for due in list(arrivals.values()))
     return len(live) + sum(each.get_write_buffer_size() for each in transports) + waiting
 
