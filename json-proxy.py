@@ -27,27 +27,43 @@ Contrato com o cliente
 
 Linhas
     CR e LF viram espaço; U+0085, U+2028 e U+2029 viram escapes \\u; UTF-8
-    inválido vira U+FFFD; elemento vazio é pulado. Nada mais é tocado. As palavras
-    nuas EOF, EOL, END-OF-FILE e END-OF-LIST encerram o streaming.
+    inválido vira U+FFFD; elemento em branco é pulado. Nada mais é tocado. As
+    palavras nuas EOF, EOL, END-OF-FILE e END-OF-LIST encerram o streaming.
 
-Consulta
-    Uma só thread (o coletor) pergunta ao Redis por todos os streams, em uma só
-    conexão. INTERVAL é a espera máxima: com REDIS_WAKE=on o próprio Redis avisa
-    qual chave mudou e a linha sai na hora.
+Quem é dono do quê
+    Só o laço toca o Redis, um stream ou um socket entregue; uma thread submete,
+    entrega e esquece.
+
+    thread do servidor HTTP (flask ou waitress)       laço (asyncio, thread principal)
+      lê a requisição, autoriza, lê o corpo
+      submete a tarefa ------------------------------> stream.begin: reserva o lugar, PING,
+      espera a aceitação <---------------------------- SET e PUBLISH
+      monta o cabeçalho e entrega o socket ----------> stream.adopt: daqui em diante o socket
+      sai por handed_over, e esquece                   é de um client; stream.relay o serve
+
+    Um socket tem um dono de cada vez, e muda de dono em um lugar só (hand_over): por
+    isso não há trava nem fila por stream. Um stream é uma corrotina: relay é o laço da
+    especificação, e o `finally` de run é o único fim, venha ele de onde vier.
+
+Como uma linha viaja
+    O Redis avisa, pela única conexão (redis_link), qual chave mudou; o aviso acorda o
+    stream, que tira a linha com LPOP e a escreve no socket. INTERVAL é só uma rede: um
+    aviso perdido é achado por ela. Um cliente que não lê faz parar o LPOP do seu stream.
 """
 
 import argparse
+import asyncio
 import base64
-import bisect
 import collections
+import concurrent.futures
 import contextlib
 import difflib
+import email.utils
 import errno
+import functools
 import gc
-import heapq
 import hmac
 import http
-import http.server
 import importlib.util
 import io
 import ipaddress
@@ -60,15 +76,12 @@ import os
 import queue
 import re
 import resource
-import select
 import signal
 import socket
 import ssl
-import struct
 import sys
 import threading
 import time
-import types
 import typing
 import urllib.parse
 import uuid
@@ -83,9 +96,6 @@ try:
     import redis.sentinel
     import waitress
     import waitress.channel
-    import waitress.parser
-    import waitress.task
-    import waitress.utilities
     import waitress.wasyncore
     import werkzeug.exceptions
     import werkzeug.serving
@@ -128,15 +138,6 @@ class setting(typing.NamedTuple):
     unit: str
     help: str
     secret: bool = False
-
-    @property
-    def allowed(self):
-        """Descreve os valores permitidos.
-
-        Retorna:
-            str: trecho de frase em português, usado nos erros e na ajuda.
-        """
-        return self.kind.allowed
 
 
 def integer(low, high):
@@ -475,6 +476,7 @@ redis_kind = kind(
     "sentinel://ip:porta,ip:porta/mestre/database",
 )
 day = 24 * 60 * 60 * 1000
+line_types = ("application/x-ndjson", "application/json-lines", "application/jsonl")
 
 settings = [
     setting("HTTP_PORT", ("-p", "--port"), integer(0, 65535), "8771", "HTTP", "",
@@ -486,6 +488,8 @@ settings = [
             "servidor HTTP que hospeda a aplicação"),
     setting("SERVERNAME", ("-s", "--servername"), header_kind, program, "HTTP", "",
             "nome do servidor, enviado no cabeçalho Server"),
+    setting("CONTENT_TYPE", ("--content-type",), choice(*line_types, "application/json"), line_types[0], "HTTP", "",
+            "tipo do streaming para o cliente cujo Accept não nomeia nenhum dos nossos"),
     setting("AUTH_TOKEN", ("--auth-token",), tokens_kind, "", "HTTP", "",
             "token exigido em Authorization: Bearer, ou vários; vazio não exige", True),
     setting("HEADERS_EXCLUDE", ("--headers-exclude",), names_kind, "", "HTTP", "",
@@ -511,7 +515,7 @@ settings = [
     setting("REDIS_WAKE", ("--wake",), switch_kind, "on", "Redis", "",
             "o Redis avisa qual chave mudou, e a linha sai antes de INTERVAL"),
     setting("INTERVAL", ("-i", "--interval"), integer(1, day), "200", "Tempos", "ms",
-            "espera máxima entre duas consultas à lista vazia"),
+            "tempo entre duas consultas por linhas novas; com os avisos, só uma rede"),
     setting("PAUSE", ("-P", "--pause"), integer(0, day), "20", "Tempos", "ms",
             "pausa depois de enviar uma linha; 0 envia em lotes"),
     setting("MAXTIME", ("-t", "--maxtime"), integer(1, day), "45000", "Tempos", "ms",
@@ -530,8 +534,6 @@ settings = [
             "tamanho máximo do corpo da requisição; maior recebe 413"),
     setting("REQUEST_TIMEOUT", ("--request-timeout",), integer(100, day), "30000", "Limites", "ms",
             "prazo para a requisição chegar inteira, com o corpo; vencido, recebe 408"),
-    setting("ONE_CORE", ("--one-core",), switch_kind, "on", "Limites", "",
-            "prende o processo a um núcleo: sob o GIL, os outros só atrasam a troca de threads"),
     setting("METRICS_PORT", ("--metrics-port",), integer(0, 65535), "0", "Métricas", "",
             "porta das métricas para o Prometheus, em /metrics; 0 desliga"),
     setting("METRICS_HOST", ("--metrics-host",), host_kind, "127.0.0.1", "Métricas", "",
@@ -548,6 +550,7 @@ HTTP_PORT: int = ...
 HTTP_HOST: str = ...
 HTTP_SERVER: str = ...
 SERVERNAME: str = ...
+CONTENT_TYPE: str = ...
 AUTH_TOKEN: tuple = ...
 HEADERS_EXCLUDE: frozenset = ...
 CORS_ORIGIN: frozenset = ...
@@ -570,7 +573,6 @@ DRAIN: int = ...
 MAX_STREAMS: int = ...
 MAX_BODY: int = ...
 REQUEST_TIMEOUT: int = ...
-ONE_CORE: bool = ...
 METRICS_PORT: int = ...
 METRICS_HOST: str = ...
 LOG_LEVEL: str = ...
@@ -741,7 +743,7 @@ def parse_setting(row, given):
         is_secret = row.secret or (row.name == "REDIS_SERVER" and re.search(r"[@?]", given.text))
         shown = "o valor dado" if is_secret else f"o valor {given.text!r}"
         raise configuration_error(
-            f"{row.name}: {shown} ({given.layer}) não é válido; é permitido {row.allowed}"
+            f"{row.name}: {shown} ({given.layer}) não é válido; é permitido {row.kind.allowed}"
         ) from None
 
 
@@ -848,12 +850,19 @@ def check_combinations(given):
             f"que é {MAXTIME} ({given['MAXTIME'].layer}): toda linha terminaria em MAXTIME_ERROR"
         )
 
-
 # =============================================================================
-# Log e notificação do systemd
+# Log e systemd
 # =============================================================================
 
 log = logging.getLogger(program)
+# Linhas de log que esperam por uma saída lenta; além delas, são perdidas e contadas.
+log_lines = 10000
+# Tempo máximo, em segundos, para escrever o que resta ao encerrar.
+log_patience = 1.0
+# Tempo, em segundos, até repetir no log um aviso igual.
+warning_interval = 60.0
+# Assunto de um aviso -> (quando pode sair de novo, quantos foram calados).
+told_warnings = {}
 
 
 def plural(count, one, many):
@@ -875,14 +884,14 @@ class log_formatter(logging.Formatter):
     priorities: typing.ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
     words: typing.ClassVar = {"WARNING": "aviso: ", "ERROR": "erro: ", "CRITICAL": "erro: "}
 
-    def __init__(self, journal):
+    def __init__(self, is_journal):
         """Guarda o destino.
 
         Argumentos:
-            journal (bool): verdadeiro se a saída de erros é o journald.
+            is_journal (bool): verdadeiro se a saída de erros é o journald.
         """
         super().__init__()
-        self.journal = journal
+        self.is_journal = is_journal
 
     def format(self, record):
         """Monta a linha.
@@ -898,34 +907,15 @@ class log_formatter(logging.Formatter):
             text += f" | {self.formatException(record.exc_info)}"
         if not text.isprintable():
             text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-        if self.journal:
+        if self.is_journal:
             return f"<{self.priorities.get(record.levelname, 6)}>{text}"
         return self.words.get(record.levelname, "") + text
 
 
-# Linhas de log que esperam por uma saída lenta; além delas, são perdidas e contadas.
-log_lines = 10000
-# Tempo máximo, em segundos, para escrever o que resta ao encerrar.
-log_patience = 1.0
-
-
 class log_queue(logging.handlers.QueueHandler):
-    """Fila entre o programa e a saída de erros: uma saída presa não prende streams."""
+    """Fila entre o programa e a saída de erros: uma saída presa não prende o laço."""
 
     lost = 0
-
-    def prepare(self, record):
-        """Formata uma linha na thread de quem a escreve.
-
-        Argumentos:
-            record (logging.LogRecord): registro, que nenhum outro handler recebe: dispensa
-                a cópia que o Python faria.
-        Retorna:
-            logging.LogRecord: o mesmo, com o texto pronto.
-        """
-        record.msg = self.format(record)
-        record.args = record.exc_info = record.exc_text = record.stack_info = None
-        return record
 
     def enqueue(self, record):
         """Guarda uma linha, ou a conta como perdida se a fila está cheia.
@@ -933,148 +923,69 @@ class log_queue(logging.handlers.QueueHandler):
         Argumentos:
             record (logging.LogRecord): linha já formatada.
         """
-        if self.queue.qsize() < log_lines:
-            self.queue.put(record)
-        else:
+        waiting = self.queue.qsize()
+        if waiting >= log_lines:
             self.lost += 1
-
-    def drain(self):
-        """Espera que as linhas guardadas sejam escritas, por log_patience segundos."""
-        written = threading.Event()
-        self.queue.put(written)
-        written.wait(log_patience)
-
-
-class log_writer(logging.handlers.QueueListener):
-    """Escreve as linhas da fila, em sua própria thread."""
-
-    def __init__(self, source, output):
-        """Guarda de onde ler e onde escrever.
-
-        Argumentos:
-            source (log_queue): fila.
-            output (logging.StreamHandler): saída.
-        """
-        super().__init__(source.queue, output)
-        self.source, self.output = source, output
-
-    def handle(self, record):
-        """Escreve uma linha e conta as que se perderam antes dela.
-
-        Argumentos:
-            record (logging.LogRecord | threading.Event): linha já formatada, ou quem espera
-                que se escrevam as anteriores.
-        """
-        if isinstance(record, threading.Event):
-            record.set()
             return
-        super().handle(record)
-        lost, self.source.lost = self.source.lost, 0
-        if lost:
-            self.output.handle(self.source.prepare(logging.LogRecord(
-                program, logging.WARNING, "", 0, "%d linhas de log se perderam: a saída de erros não as aceitava",
-                (lost,), None,
-            )))
+        self.queue.put(record)
+        if self.lost and waiting < log_lines // 2:
+            count, self.lost = self.lost, 0
+            log.warning("%d linhas de log se perderam: a saída de erros não as aceitava", count)
 
 
-# Tempo, em segundos, até repetir no log um aviso igual.
-warning_interval = 60.0
-
-
-class rare_warnings:
-    """Avisos que outros podem provocar à vontade: cada um sai uma vez por minuto."""
-
-    def __init__(self):
-        """Começa sem nada a avisar."""
-        self.lock = threading.Lock()
-        self.told = {}
-
-    def tell(self, text, subject=None):
-        """Escreve um aviso, se for hora; senão, só o conta.
-
-        Argumentos:
-            text (str): frase para o operador.
-            subject (str): o que torna iguais dois avisos; sem ele, a própria frase.
-        """
-        subject, now = subject or text, time.monotonic()
-        with self.lock:
-            due, count = self.told.get(subject, (0.0, 0))
-            if now < due:
-                self.told[subject] = (due, count + 1)
-                return
-            self.told = {name: row for name, row in self.told.items() if row[0] > now}
-            self.told[subject] = (now + warning_interval, 0)
-        log.warning("%s%s", text, f" (e outras {count} vezes desde o último aviso)" if count else "")
-
-
-rare = rare_warnings()
-
-
-def stderr_is_journal():
-    """Descobre se a saída de erros vai para o journald.
+def configure_logging():
+    """Prepara o log do programa e cala o das bibliotecas.
 
     Retorna:
-        bool: verdadeiro se JOURNAL_STREAM nomeia o mesmo dispositivo e inode.
-    """
-    try:
-        status = os.fstat(sys.stderr.fileno())
-        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def configure_logging(level):
-    """Prepara o log do programa e cala o dos servidores HTTP.
-
-    Argumentos:
-        level (str): debug, info, warning ou error.
+        logging.handlers.QueueListener: quem escreve as linhas, em sua própria thread.
     """
     # Sem isto, uma falha de escrita geraria um traceback a cada linha.
     logging.raiseExceptions = False
     # Nossas linhas não mostram de onde vêm: não se paga para descobri-lo.
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
+    is_journal = False
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        status = os.fstat(sys.stderr.fileno())
+        is_journal = os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     # A fila feita em C; a outra troca de thread mais de duas vezes por linha.
     handler = log_queue(queue.SimpleQueue())
-    handler.setFormatter(log_formatter(stderr_is_journal()))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    log_writer(handler, logging.StreamHandler(sys.stderr)).start()
-    log.setLevel(level.upper())
-    # Os dois escrevem uma linha por requisição ou por fila; o que interessa ao
-    # operador já sai nas nossas.
-    for name in ("werkzeug", "waitress", "waitress.queue"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    handler.setFormatter(log_formatter(is_journal))
+    logging.basicConfig(handlers=[handler], level=logging.CRITICAL, force=True)
+    log.setLevel(logging.INFO)
+    # O werkzeug, sem nível próprio, daria a si mesmo o INFO.
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    writer = logging.handlers.QueueListener(handler.queue, logging.StreamHandler(sys.stderr))
+    writer.start()
+    return writer
 
 
-system_reasons = {
-    errno.ECONNREFUSED: "conexão recusada",
-    errno.ECONNRESET: "a conexão foi cortada",
-    errno.EPIPE: "a conexão foi cortada",
-    errno.EADDRINUSE: "o endereço já está em uso",
-    errno.EADDRNOTAVAIL: "o endereço não é desta máquina",
-    errno.EACCES: "permissão negada",
-    errno.EPERM: "operação não permitida",
-    errno.ENOENT: "o arquivo não existe",
-    errno.EISDIR: "é uma pasta, e não um arquivo",
-    errno.EIO: "falha de leitura ou gravação",
-    errno.ENOSPC: "não há espaço no disco",
-    errno.ETIMEDOUT: "não houve resposta a tempo",
-    errno.EHOSTUNREACH: "não há caminho até a máquina",
-    errno.ENETUNREACH: "não há caminho até a rede",
-    # Os de getaddrinfo são negativos e não se confundem com os outros.
-    socket.EAI_NONAME: "o nome não existe",
-    socket.EAI_NODATA: "o nome não tem endereço",
-    socket.EAI_AGAIN: "o nome não pôde ser procurado agora",
-}
+def warn_rarely(text, subject=None):
+    """Escreve um aviso que outros podem provocar à vontade: sai uma vez por minuto.
+
+    Argumentos:
+        text (str): frase para o operador.
+        subject (str): o que torna iguais dois avisos; sem ele, a própria frase.
+    """
+    subject, now = subject or text, time.monotonic()
+    due, count = told_warnings.get(subject, (0.0, 0))
+    if now < due:
+        told_warnings[subject] = (due, count + 1)
+        return
+    for name, row in list(told_warnings.items()):
+        if row[0] <= now:
+            told_warnings.pop(name, None)
+    told_warnings[subject] = (now + warning_interval, 0)
+    log.warning("%s%s", text, f" (e outras {count} vezes desde o último aviso)" if count else "")
 
 
 def reason(error):
-    """Diz em português por que algo falhou.
+    """Diz por que algo falhou, com as palavras do sistema, do TLS ou do Redis.
 
     Argumentos:
         error (Exception): erro do sistema ou do redis-py, que guarda a causa.
     Retorna:
-        str: trecho de frase; sem tradução conhecida, as palavras do próprio erro.
+        str: trecho de frase.
     """
     cause = error
     while cause is not None and not isinstance(cause, redis.ResponseError | redis.AuthenticationError):
@@ -1082,29 +993,13 @@ def reason(error):
             # As palavras deste trazem tudo o que há nas conexões, a senha inclusive.
             return "nenhuma sentinela diz quem é o mestre"
         if isinstance(cause, ssl.SSLError):
-            # O errno destes não é um errno.
             return f"falha de TLS ({getattr(cause, 'verify_message', None) or cause.reason or cause})"
-        if isinstance(cause, OSError) and cause.errno in system_reasons:
-            return system_reasons[cause.errno]
-        if isinstance(cause, redis.TimeoutError):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        if isinstance(cause, redis.TimeoutError | TimeoutError):
             return f"sem resposta em {redis_timeout:g} s"
         cause = cause.__cause__ or cause.__context__
-    return getattr(error, "strerror", None) or redis_words(error)
-
-
-def redis_words(error):
-    """Dá as palavras de um erro do Redis, sem argumentos nem a linha do script.
-
-    Argumentos:
-        error (Exception): erro do redis-py.
-    Retorna:
-        str: as palavras do Redis.
-    """
-    # O Redis 6 as põe no começo; o 7 e os seguintes, no fim.
-    words = re.sub(r"^(ERR )?Error running script \(call to \w+\): @user_script: ?\d+: ", "", str(error))
-    # Um comando desligado traz os argumentos: a senha, no AUTH; o pedido do cliente, no SET.
-    words = re.sub(r"(?s),?\s+with\s+args\s+beginning\s+with:.*", "", words)
-    return re.sub(r",? ?script: \w+, on @user_script:\d+\.?$", "", words)
+    return redis_words(error)
 
 
 def notify_systemd(state):
@@ -1116,25 +1011,29 @@ def notify_systemd(state):
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-            channel.sendto(state.encode(), address)
+            channel.sendto(state.encode(), re.sub("^@", "\0", address))
     except OSError as error:
         log.debug("o systemd não recebeu a notificação: %s", reason(error))
 
 
 # =============================================================================
-# Redis
+# Redis: uma conexão, aberta pelo redis-py e falada pelo laço
 # =============================================================================
 
 # Sem resposta por este tempo, em segundos, o Redis é dado como fora do ar.
 redis_timeout = 2.0
-# Tamanho, em bytes, de uma leitura da conexão com o Redis.
+# Enquanto ele está fora do ar, quanto tempo, em segundos, uma requisição espera pela volta.
+down_patience = 0.25
+# Tempo, em segundos, sem nenhum comando até um PING provar que a conexão vive.
+idle_ping = 15.0
+# Tamanho, em bytes, de uma leitura da conexão.
 receive_size = 65536
-# Bytes de avisos acumulados que se leem antes de os interpretar.
-most_pending = 1 << 24
+# Limites de uma retirada com PAUSE=0: maiores rendem mais linhas por segundo, mas seguram
+# por mais tempo os outros streams e a memória.
+take_lines = 500
+take_bytes = 262144
 
 # Tirar uma linha precisa ser repetível: se a conexão cai depois do LPOP e antes
 # da resposta, a linha não está mais na lista nem chegou aqui. Por isso o que sai
@@ -1169,20 +1068,11 @@ end
 return {kind, lines}
 """
 
-# Diz quais streams à espera têm o que buscar: linha na lista, tarefa apagada ou
-# tarefa trocada por uma lista. KEYS são pares (tarefa, lista); devolve posições.
-search_script = """
-local found = {}
-for i = 1, #KEYS, 2 do
-  if redis.call('TYPE', KEYS[i]).ok ~= 'string' or redis.call('EXISTS', KEYS[i + 1]) == 1 then
-    found[#found + 1] = (i - 1) / 2
-  end
-end
-return found
-"""
-
-
-# Respostas do Redis que impedem a conexão; as do redis-py não derivam todas de ResponseError.
+# Recusas que não são do comando, mas do estado do servidor, e passam: ele carrega os
+# dados, é uma réplica (o mestre mudou) ou não consegue gravar em disco. E as que só uma
+# conexão nova resolve: o script foi esquecido, ou uma ACL o negou agora.
+passing_codes = ("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "CLUSTERDOWN", "NOREPLICAS", "NOSCRIPT")
+redis_failures = (redis.ConnectionError, redis.TimeoutError)
 redis_refusals = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 
 
@@ -1194,12 +1084,12 @@ def redis_pool():
     """
     options = {
         "socket_timeout": redis_timeout,
-        # A repetição silenciosa do redis-py rodaria de novo um comando que já
-        # rodou; quem decide o que pode ser repetido é o coletor.
+        # A repetição silenciosa do redis-py rodaria de novo um comando que já rodou; quem
+        # decide o que pode ser repetido é quem o pediu.
         "retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0),
     }
     # O aperto de mão do redis-py fica em RESP2, o que todas as versões sabem fazer (a 4 não
-    # conhece o argumento; a 8 usaria RESP3); o coletor passa a RESP3 por conta própria.
+    # conhece o argumento; a 8 usaria RESP3); redis_link.open passa a RESP3 por conta própria.
     if int(redis.__version__.partition(".")[0]) >= 5:
         options["protocol"] = 2
     if REDIS_SERVER.url.startswith("sentinel:"):
@@ -1238,237 +1128,245 @@ def sentinel_pool(options):
     )
 
 
-def set_deadline(connection, seconds):
-    """Dá a um socket que espera um prazo do sistema para ler e para escrever.
+class exchange(typing.NamedTuple):
+    """Comandos enviados de uma vez, à espera de suas respostas."""
 
-    Ao contrário de um prazo do Python, não custa um poll() e uma disputa pelo GIL a
-    cada chamada. Vencido, a chamada levanta BlockingIOError.
-
-    Argumentos:
-        connection (socket.socket): socket sem prazo do Python.
-        seconds (float): prazo, em segundos.
-    """
-    limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1000000))
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+    future: asyncio.Future
+    count: int
+    replies: list
+    sent_at: float
 
 
 class redis_link:
-    """Uma conexão com o Redis, usada por uma só thread, que pode ser reaberta."""
+    """A conexão com o Redis: comandos em fila, respostas na ordem, avisos no meio."""
 
-    def __init__(self, pool, name):
-        """Constrói a conexão sem abri-la.
-
-        Argumentos:
-            pool (redis.ConnectionPool): fábrica da conexão.
-            name (str): nome mostrado por CLIENT LIST.
-        """
-        # A conexão que pergunta às sentinelas só guarda uma referência fraca.
-        self.pool = pool
-        self.connection = pool.make_connection()
-        self.name = name
-        self.is_open = self.is_tls = False
+    def __init__(self):
+        """Prepara a conexão, sem abri-la."""
+        # A fábrica do redis-py, que a conexão com sentinelas só referencia fracamente.
+        self.pool = redis_pool()
+        # A conexão do redis-py, que abre e fecha o socket; aqui só se lê e escreve nele.
+        self.connection = self.pool.make_connection()
         self.socket = None
-        self.buffer, self.position = b"", 0
-        self.pushes = []
+        # Bytes que o sistema ainda não aceitou, e se ele avisará quando couberem mais.
+        self.outgoing, self.is_blocked = bytearray(), False
+        # Bytes recebidos ainda sem resposta inteira, e o mínimo que falta a ela.
+        self.incoming, self.missing = [], 1
+        # Trocas à espera de resposta, e quando a rede avançou no meio de uma delas.
+        self.pending, self.moved_at = collections.deque(), 0.0
+        # Aberta e pronta; um pedido de pressa para reabrir; o resultado da próxima tentativa; a causa da queda.
+        self.up, self.hurry = asyncio.Event(), asyncio.Event()
+        self.attempt, self.lost = loop.create_future(), None
+        # Se o Redis manda avisos, se os recusou da última vez, e o começo da retirada (vazio se ele nega scripts).
+        self.is_tracked, self.is_mute, self.take_head = False, False, b""
+        # Se o log já disse que o Redis está fora do ar, e por quê.
+        self.is_down, self.told = False, ""
 
-    def open(self):
-        """Abre (ou reabre) a conexão, autentica e escolhe o database.
+    async def open(self):
+        """Abre a conexão, carrega o script e liga os avisos.
 
         Levanta:
-            redis.RedisError: se o Redis não aceitar.
+            redis.RedisError, OSError: se o Redis não atender.
         """
-        self.close()
+        # Nomes, TCP, TLS, AUTH e SELECT esperam pela rede: não no laço.
+        await asyncio.to_thread(self.connection.connect)
+        self.lost = loop.create_future()
+        self.socket = redis_socket(self.connection)
+        self.socket.setblocking(False)
+        loop.add_reader(self.socket, self.receive)
         try:
-            self.connection.connect()
-            # O redis-py não publica o socket; o nome é o mesmo em todas as versões.
-            self.socket = self.connection._sock
-            self.is_open = True
-            self.is_tls = isinstance(self.socket, ssl.SSLSocket)
-            if not self.is_tls:
-                # Um prazo do Python custaria um poll() por leitura e por escrita.
-                self.socket.settimeout(None)
-                set_deadline(self.socket, redis_timeout)
-            # O nome só serve ao operador; uma ACL pode negá-lo.
-            self.call([("CLIENT", "SETNAME", self.name)])
-        except OSError as error:
-            self.close()
-            raise redis.ConnectionError(str(error)) from error
-        except redis.RedisError:
-            self.close()
-            raise
+            async with asyncio.timeout(redis_timeout):
+                await self.greet()
+        except BaseException as error:
+            self.lose(error)
+            raise redis.TimeoutError("sem resposta do Redis") if isinstance(error, TimeoutError) else error from None
+        self.up.set()
 
-    def close(self):
-        """Fecha a conexão, se estiver aberta."""
-        self.is_open = False
-        self.socket = None
-        self.buffer, self.position = b"", 0
-        self.pushes = []
+    async def greet(self):
+        """Prova a conexão recém-aberta e pede o que o programa usa.
+
+        Levanta:
+            redis.RedisError: se o Redis recusar o indispensável.
+        """
+        # Apagar o que não existe não muda nada, e uma réplica recusa. O nome é para o operador; uma ACL pode negá-lo.
+        pong, trial, loaded, _ = await self.send(
+            ("PING",), ("UNLINK", REDIS_LIST_PREFIX), ("SCRIPT", "LOAD", take_script), ("CLIENT", "SETNAME", program))
+        for reply in (pong, trial):
+            if isinstance(reply, Exception) and (reply is pong or is_passing(reply)):
+                raise reply
+        refusal = loaded
+        if isinstance(loaded, bytes):
+            # Quem pode carregar um script pode não poder rodá-lo. Um pedido atrasado (-1) não tira nada.
+            refusal, = await self.send(("EVALSHA", loaded, 3, *[REDIS_LIST_PREFIX + "?"] * 3, -1, 0, 0, REDIS_TTL))
+        self.take_head = b"" if isinstance(refusal, Exception) else pack_words("EVALSHA", loaded, 3)
+        if not self.take_head:
+            warn_rarely(f"o Redis não aceita scripts ({reason(refusal)}): as linhas são tiradas com LPOP simples, "
+                        "e uma queda da conexão pode perder a que estava a caminho")
+        if REDIS_WAKE:
+            # Em RESP2 o Redis aceitaria o pedido, e trabalharia por avisos que não tem como mandar.
+            prefixes = sorted({REDIS_PREFIX, REDIS_LIST_PREFIX}, key=len)
+            # O Redis recusa prefixos que se sobrepõem; o mais curto abrange o outro.
+            kept = [p for i, p in enumerate(prefixes) if not p.startswith(tuple(prefixes[:i]))]
+            words = [word for prefix in kept for word in ("PREFIX", prefix)]
+            refusal = first_error(await self.send(("HELLO", 3))) or first_error(
+                await self.send(("CLIENT", "TRACKING", "ON", "BCAST", *words, "NOLOOP")))
+            self.is_tracked = refusal is None
+            if refusal and not self.is_mute:
+                log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", reason(refusal))
+            elif self.is_mute and not refusal:
+                log.info("REDIS_WAKE: avisos do Redis restabelecidos")
+            self.is_mute = refusal is not None
+
+    def lose(self, error):
+        """Fecha a conexão; quem esperava por uma resposta recebe a falha.
+
+        Argumentos:
+            error (Exception): a causa.
+        """
+        if self.socket is None:
+            return
+        loop.remove_reader(self.socket)
+        loop.remove_writer(self.socket)
         self.connection.disconnect()
+        self.socket, self.is_tracked, self.is_blocked = None, False, False
+        self.up.clear()
+        self.outgoing.clear()
+        self.incoming, self.missing = [], 1
+        waiting, self.pending = self.pending, collections.deque()
+        kind = redis.TimeoutError if isinstance(error, redis.TimeoutError) else redis.ConnectionError
+        for each in waiting:
+            if not each.future.done():
+                each.future.set_exception(kind(str(error)))
+        self.lost.set_result(error)
 
-    def call(self, commands):
-        """Envia comandos em uma só ida e volta.
+    def send(self, *commands):
+        """Põe comandos na fila de saída; saem juntos com os que outros pedirem neste giro do laço.
 
         Argumentos:
-            commands (list): comandos, cada um uma tuple com suas palavras ou os
-                bytes de pack_command.
+            commands (tuple | bytes): as palavras de cada comando, ou ele já escrito por pack_command.
         Retorna:
-            list: uma resposta por comando; um erro do Redis vem como a exceção
-            redis.ResponseError, no lugar da resposta.
-        Levanta:
-            redis.ConnectionError, redis.TimeoutError: se a conexão falhar; não se
-            sabe então quais comandos rodaram.
+            asyncio.Future: dará a lista das respostas, com os erros do Redis no lugar das suas;
+            levanta redis.ConnectionError ou redis.TimeoutError se a conexão falhar: não se sabe
+            então quais comandos rodaram.
         """
-        if not self.is_open:
-            raise redis.ConnectionError("a conexão não está aberta")
+        future = loop.create_future()
+        if self.socket is None:
+            future.set_exception(redis.ConnectionError("a conexão não está aberta"))
+            return future
+        if not self.outgoing:
+            loop.call_soon(self.flush)
+        for command in commands:
+            self.outgoing += command if isinstance(command, bytes) else pack_command(*command)
+        self.pending.append(exchange(future, len(commands), [], loop.time()))
+        return future
+
+    def flush(self):
+        """Entrega ao sistema o que houver na fila de saída; o que não couber espera que caiba."""
+        if not self.outgoing:
+            return
         try:
-            self.send(commands)
-            return [self.read() for _ in commands]
-        except (BlockingIOError, TimeoutError):
-            raise redis.TimeoutError("sem resposta do Redis") from None
+            sent = self.socket.send(self.outgoing)
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            sent = 0
         except OSError as error:
-            raise redis.ConnectionError(str(error)) from error
+            self.lose(error)
+            return
+        del self.outgoing[:sent]
+        if self.outgoing and not self.is_blocked:
+            loop.add_writer(self.socket, self.flush)
+        elif self.is_blocked:
+            # Um envio longo que avança não é um Redis mudo.
+            self.moved_at = loop.time() if sent else self.moved_at
+            if not self.outgoing:
+                loop.remove_writer(self.socket)
+        self.is_blocked = bool(self.outgoing)
 
-    def send(self, commands):
-        """Envia comandos sem esperar pelas respostas.
-
-        Argumentos:
-            commands (list): comandos, como em call.
-        Levanta:
-            OSError: se a conexão falhar.
-        """
-        self.socket.sendall(b"".join([
-            command if isinstance(command, bytes) else pack_command(len(command), pack_words(*command))
-            for command in commands
-        ]))
-
-    def read(self):
-        """Lê uma resposta, esperando por ela; guarda os avisos que vierem antes.
-
-        Retorna:
-            object: int, bytes, list, None ou redis.ResponseError.
-        Levanta:
-            OSError, redis.ConnectionError: se a conexão falhar.
-            redis.InvalidResponse: se o que chegou não é do protocolo.
-        """
-        while True:
-            if self.position == len(self.buffer):
-                self.receive(1)
-            is_push, reply, missing = self.next_reply()
-            if missing:
-                self.receive(missing)
-            elif is_push:
-                self.pushes.append(reply)
+    def receive(self):
+        """Lê o que chegou e o distribui: respostas a quem pediu, avisos aos streams."""
+        try:
+            # O TLS guarda registros já decifrados, de que o epoll não sabe.
+            while data := self.socket.recv(receive_size):
+                self.incoming.append(data)
+                self.missing -= len(data)
+                if len(data) < receive_size and not getattr(self.socket, "pending", int)():
+                    break
             else:
-                return reply
-
-    def next_reply(self):
-        """Tira do buffer o que vem primeiro, uma resposta ou um aviso.
-
-        Retorna:
-            tuple: (verdadeiro se é um aviso, conteúdo, bytes que faltam); se faltam, nada
-            foi tirado.
-        Levanta:
-            redis.InvalidResponse: se o que chegou não é do protocolo.
-        """
-        try:
-            reply, end = parse_reply(self.buffer, self.position)
-        except (ValueError, RecursionError):
-            raise redis.InvalidResponse("resposta fora do protocolo") from None
-        if end < 0:
-            return False, None, -end
-        is_push = self.buffer.startswith(b">", self.position)
-        self.position = end
-        return is_push, reply, 0
-
-    def listen(self):
-        """Lê, sem esperar, o que o Redis mandou sem que se pedisse: só avisos.
-
-        Levanta:
-            OSError, redis.ConnectionError: se a conexão falhar.
-        """
-        try:
-            if self.is_tls:
-                self.listen_tls()
+                self.lose(redis.ConnectionError("conexão fechada pelo servidor"))
                 return
-            self.receive(1, socket.MSG_DONTWAIT)
-            if len(self.buffer) >= receive_size:
-                # Um aviso de muitas chaves, interpretado de novo a cada pedaço, custaria o
-                # quadrado do tamanho.
-                self.receive(most_pending, socket.MSG_DONTWAIT)
         except (BlockingIOError, ssl.SSLWantReadError):
             pass
-
-    def listen_tls(self):
-        """Lê, sem esperar, o que há em uma conexão com TLS.
-
-        Levanta:
-            ssl.SSLWantReadError: lido tudo.
-            OSError, redis.ConnectionError: se a conexão falhar.
-        """
-        self.socket.setblocking(False)
+        except OSError as error:
+            self.lose(error)
+            return
+        if self.missing > 0:
+            # Uma linha de muitos MB chega em milhares de pedaços: juntá-los um a um custaria o
+            # quadrado do tamanho.
+            self.moved_at = loop.time()
+            return
         try:
-            # Um registro por vez; o último pode não ter chegado inteiro.
-            self.receive(most_pending)
-        finally:
-            self.socket.settimeout(redis_timeout)
+            self.distribute(b"".join(self.incoming))
+        except (ValueError, IndexError, RecursionError, redis.InvalidResponse):
+            self.lose(redis.ConnectionError("resposta fora do protocolo"))
 
-    def has_pushes(self):
-        """Diz se há avisos a entregar, ou um começo de aviso.
-
-        Retorna:
-            bool: falso se tudo o que chegou eram respostas.
-        """
-        return bool(self.pushes) or self.position < len(self.buffer)
-
-    def take_pushes(self):
-        """Entrega os avisos que já chegaram inteiros.
-
-        Retorna:
-            list: um por aviso: nomes das chaves que mudaram, ou None se mudaram todas.
-        Levanta:
-            redis.InvalidResponse: se chegou uma resposta que ninguém pediu.
-        """
-        while self.position < len(self.buffer):
-            is_push, reply, missing = self.next_reply()
-            if missing:
-                break
-            if not is_push:
-                raise redis.InvalidResponse("resposta sem pergunta")
-            self.pushes.append(reply)
-        pushes, self.pushes = self.pushes, []
-        return [push[1] for push in pushes if push and push[0] == b"invalidate"]
-
-    def receive(self, size, flags=0):
-        """Acrescenta ao buffer o que chegar da conexão.
+    def distribute(self, data):
+        """Interpreta o que chegou inteiro e guarda o resto.
 
         Argumentos:
-            size (int): mínimo de bytes que faltam à resposta.
-            flags (int): opções do recv; no TLS, nenhuma.
+            data (bytes): um ou mais começos de resposta, do começo de uma.
         Levanta:
-            OSError, redis.ConnectionError: se a conexão falhar; o que já chegou
-            fica no buffer.
+            ValueError, IndexError, redis.InvalidResponse: se não é do protocolo, ou se ninguém perguntou.
         """
-        # Uma linha de muitos MB chega em milhares de pedaços: juntá-los um a um
-        # custaria o quadrado do tamanho.
-        parts = [self.buffer[self.position:]]
-        try:
-            while size > 0:
-                part = self.socket.recv(receive_size, flags)
-                if not part:
-                    raise redis.ConnectionError("conexão fechada pelo servidor")
-                parts.append(part)
-                size -= len(part)
-        finally:
-            self.buffer, self.position = b"".join(parts), 0
+        position, self.missing = 0, 1
+        while position < len(data):
+            reply, end = parse_reply(data, position)
+            if end < 0:
+                self.missing = -end
+                break
+            is_push, position = data[position] == ord(">"), end
+            if is_push:
+                if reply[0] == b"invalidate":
+                    # FLUSHALL e FLUSHDB avisam sem nomear chaves.
+                    hear_changes(list(names) if reply[1] is None else reply[1])
+                continue
+            first = self.pending[0]
+            first.replies.append(reply)
+            if isinstance(reply, redis.ResponseError) and self.up.is_set() and is_passing(reply):
+                self.incoming = []
+                self.lose(reply)
+                return
+            if len(first.replies) == first.count:
+                self.pending.popleft()
+                if meter is not None:
+                    meter.round(first)
+                if not first.future.done():
+                    first.future.set_result(first.replies)
+        self.incoming = [data[position:]] if position < len(data) else []
 
-    def fileno(self):
-        """Descritor do socket, para o epoll.
+    async def insist(self, *commands):
+        """Envia comandos que podem ser repetidos, até que uma conexão lhes dê as respostas.
 
+        Argumentos:
+            commands (tuple | bytes): como em send.
         Retorna:
-            int: descritor aberto.
+            list: as respostas, com os erros do Redis no lugar das suas.
         """
-        return self.socket.fileno()
+        while commands:
+            await self.up.wait()
+            with contextlib.suppress(*redis_failures):
+                return await self.send(*commands)
+        return []
+
+    async def ready(self):
+        """Espera a conexão de que uma requisição precisa; se caiu, apressa a próxima tentativa.
+
+        Levanta:
+            redis.RedisError, OSError: se o Redis está fora do ar.
+        """
+        if self.up.is_set():
+            return
+        self.hurry.set()
+        await asyncio.wait([self.attempt], timeout=down_patience if self.is_down else redis_timeout)
+        if not self.up.is_set():
+            raise redis.ConnectionError("o Redis está fora do ar")
 
 
 def pack_words(*words):
@@ -1477,32 +1375,25 @@ def pack_words(*words):
     Argumentos:
         words (bytes | str | int): palavras de um comando.
     Retorna:
-        bytes: cada palavra com seu tamanho; a ser juntado por pack_command.
+        bytes: cada palavra com seu tamanho.
     """
     words = [word if isinstance(word, bytes) else str(word).encode() for word in words]
     return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
 
 
-def pack_command(count, *parts):
-    """Monta um comando com partes já escritas.
-
-    O redis-py escreve qualquer comando, mas leva 1 µs por palavra; a consulta
-    periódica tem milhares delas, sempre as mesmas.
+def pack_command(*words):
+    """Escreve um comando no protocolo do Redis.
 
     Argumentos:
-        count (int): número de palavras.
-        parts (bytes): palavras escritas por pack_words.
+        words (bytes | str | int): o comando e seus argumentos.
     Retorna:
-        bytes: o comando no protocolo do Redis.
+        bytes: o comando.
     """
-    return b"*%d\r\n" % count + b"".join(parts)
+    return b"*%d\r\n%b" % (len(words), pack_words(*words))
 
 
 def parse_reply(data, start):
     """Lê uma resposta ou um aviso do protocolo do Redis (RESP3).
-
-    O redis-py também os lê, mas com dois recv() e seis ioctl() por resposta; esta
-    leitura está no caminho de toda linha.
 
     Argumentos:
         data (bytes): o que chegou da conexão.
@@ -1546,65 +1437,69 @@ def parse_reply(data, start):
     return items, position
 
 
-# Recusas que não são do comando, mas do estado do servidor, e passam: ele carrega os
-# dados, é uma réplica (o mestre mudou) ou não consegue gravar em disco.
-unable_codes = frozenset(("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "CLUSTERDOWN", "NOREPLICAS"))
-
-
-def is_unable(error):
-    """Diz se o erro vale para qualquer comando, até o servidor mudar de estado.
+def first_error(replies):
+    """Procura um erro entre respostas do Redis.
 
     Argumentos:
-        error (Exception): resposta do Redis, ou None.
+        replies (list): respostas de redis_link.send, ou de dentro de um EXEC.
+    Retorna:
+        redis.ResponseError: o primeiro erro, ou None.
+    """
+    return next((reply for reply in replies if isinstance(reply, redis.ResponseError)), None)
+
+
+def redis_words(error):
+    """Dá as palavras de um erro do Redis, sem argumentos nem a linha do script.
+
+    Argumentos:
+        error (Exception): erro do redis-py.
+    Retorna:
+        str: as palavras do Redis.
+    """
+    # O Redis 6 as põe no começo; o 7 e os seguintes, no fim.
+    words = re.sub(r"^(ERR )?Error running script \(call to \w+\): @user_script: ?\d+: ", "", str(error))
+    # Um comando desligado traz os argumentos: a senha, no AUTH; o pedido do cliente, no SET.
+    words = re.sub(r"(?s),?\s+with\s+args\s+beginning\s+with:.*", "", words)
+    return re.sub(r",? ?script: \w+, on @user_script:\d+\.?$", "", words)
+
+
+def is_passing(error):
+    """Diz se uma recusa é do estado do servidor, e não do comando: outra conexão pode ser atendida.
+
+    Argumentos:
+        error (redis.ResponseError): a recusa.
     Retorna:
         bool: verdadeiro se é como se o Redis estivesse fora do ar.
     """
-    return error_code(error) in unable_codes
+    words = redis_words(error)
+    return words.lstrip("-").partition(" ")[0] in passing_codes or (words.startswith("NOPERM") and "'evalsha" in words)
 
 
-def is_evalsha_denied(error):
-    """Diz se o Redis negou rodar um script, e não o que ele faz.
-
-    Argumentos:
-        error (Exception): resposta do Redis, ou None.
-    Retorna:
-        bool: verdadeiro se o usuário não pode usar EVALSHA.
-    """
-    return error_code(error) == "NOPERM" and "'evalsha" in str(error)
-
-
-def error_code(error):
-    """Extrai o código de um erro do Redis.
-
-    Argumentos:
-        error (Exception): resposta ou falha da conexão.
-    Retorna:
-        str: a primeira palavra, como NOSCRIPT, se é uma resposta do Redis; senão "".
-    """
-    return str(error).partition(" ")[0] if isinstance(error, redis.ResponseError) else ""
-
-
-def redis_ping():
-    """Testa o Redis com o comando PING, através do coletor.
+async def redis_ping():
+    """Testa o Redis com o comando PING.
 
     Retorna:
-        bool: verdadeiro se o Redis respondeu PONG a tempo.
+        bool: verdadeiro se o Redis respondeu PONG.
     """
-    answers = queue.SimpleQueue()
-    hub.ping(answers)
-    try:
-        return answers.get(timeout=answer_timeout) is True
-    except queue.Empty:
-        return False
+    # Uma conexão que o Redis fechou enquanto dormia não prova que ele caiu: vale uma segunda
+    # tentativa. Já o silêncio prova.
+    for _ in range(2):
+        try:
+            await link.ready()
+            answer, = await link.send(("PING",))
+        except redis.ConnectionError:
+            continue
+        except (redis.RedisError, OSError):
+            return False
+        if answer != b"PONG":
+            warn_rarely(f"o Redis recusou o PING: {reason(answer)}")
+        return answer == b"PONG"
+    return False
 
 
 # =============================================================================
 # Tarefas e linhas
 # =============================================================================
-
-class task_key_error(Exception):
-    """A chave da tarefa foi trocada por algo que não é string nem lista."""
-
 
 end_words = frozenset((b"EOF", b"EOL", b"END-OF-FILE", b"END-OF-LIST"))
 line_breaks = bytes.maketrans(b"\r\n", b"  ")
@@ -1634,28 +1529,42 @@ def join_lines(elements):
     Argumentos:
         elements (list[bytes]): elementos, na ordem em que foram empurrados.
     Retorna:
-        tuple: (bytes com as linhas terminadas em LF; int com o número de linhas;
-        bool verdadeiro se uma palavra de fim foi encontrada).
+        tuple: (bytes com as linhas terminadas em LF; número de linhas; número de elementos
+        em branco, pulados; verdadeiro se uma palavra de fim foi encontrada).
     """
-    lines = []
+    lines, skipped = [], 0
     for element in elements:
         if len(element) < 16 and element.strip() in end_words:
-            return b"".join(lines), len(lines), True
-        if element:
+            return b"".join(lines), len(lines), skipped, True
+        if element and not element.isspace():
             lines.append(normalize_line(element) + b"\n")
-    return b"".join(lines), len(lines), False
+        else:
+            skipped += 1
+    return b"".join(lines), len(lines), skipped, False
+
+
+def error_line(code, message=""):
+    """Monta uma linha de erro, do streaming ou de antes dele.
+
+    Argumentos:
+        code (str): código do erro, para programas.
+        message (str): frase em português, para pessoas; vazia é omitida.
+    Retorna:
+        bytes: objeto JSON com error e message, terminado em LF.
+    """
+    content = {"error": code, "message": message} if message else {"error": code}
+    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
 
 
 def request_target(environ):
     """Separa caminho e consulta como o cliente os enviou, sem decodificar.
 
     Argumentos:
-        environ (dict): ambiente WSGI; "ndjson.target" ou REQUEST_URI traz o alvo
-            da linha de requisição em latin-1.
+        environ (dict): ambiente WSGI; REQUEST_URI traz o alvo da linha de requisição em latin-1.
     Retorna:
         tuple: (caminho, consulta sem o "?"), dois str.
     """
-    target = environ.get("ndjson.target") or environ["REQUEST_URI"]
+    target = environ["REQUEST_URI"]
     if not target.startswith("/") and "://" in target:
         # Forma absoluta (RFC 9112, 3.2.2), enviada por quem fala com um proxy.
         target = re.sub(r"^[^/?#]*/?", "/", target.partition("://")[2])
@@ -1704,1335 +1613,71 @@ def client_address(environ):
     return forwarded_address(hops[-min(TRUST_PROXY, len(hops))]) or direct
 
 
-def decode_header(value):
-    """Recupera um cabeçalho que o WSGI entrega em latin-1.
+def task_headers(request):
+    """Reúne os cabeçalhos que vão para o Redis.
 
     Argumentos:
-        value (str): valor em latin-1.
-    Retorna:
-        str: o texto em UTF-8, ou o próprio valor se não for UTF-8.
-    """
-    try:
-        return value.encode("latin-1").decode("utf-8")
-    except UnicodeError:
-        return value
-
-
-def build_task(name, request, body):
-    """Compõe o JSON da tarefa.
-
-    Argumentos:
-        name (str): task_name, um UUIDv4.
         request (flask.Request): requisição.
-        body (bytes): corpo como veio.
     Retorna:
-        bytes: objeto JSON em UTF-8 com task_name, request_time (segundos desde a
-        época, float), headers, body, task_key, task_list, method, path, query e
-        remote_addr; body_encoding é "base64" se o corpo não for UTF-8.
+        dict: nome -> valor, sem os de HEADERS_EXCLUDE; o WSGI os entrega em latin-1.
     """
-    path, query = request_target(request.environ)
-    task = {
-        "task_name": name,
-        "request_time": time.time(),
-        "headers": {
-            key: decode_header(value) for key, value in request.headers.items() if key.lower() not in HEADERS_EXCLUDE
-        },
-        "body": "",
-        "task_key": REDIS_PREFIX + name,
-        "task_list": REDIS_LIST_PREFIX + name,
-        "method": request.method,
-        "path": path,
-        "query": query,
-        "remote_addr": client_address(request.environ),
-    }
-    try:
-        task["body"] = body.decode("utf-8")
-    except UnicodeDecodeError:
-        task["body"] = base64.b64encode(body).decode("ascii")
-        task["body_encoding"] = "base64"
-    return json.dumps(task, ensure_ascii=False).encode("utf-8", "replace")
+    headers = {}
+    for name, value in request.headers.items():
+        if name.lower() in HEADERS_EXCLUDE:
+            continue
+        headers[name] = value
+        with contextlib.suppress(UnicodeError):
+            headers[name] = headers[name].encode("latin-1").decode("utf-8")
+    return headers
+
+
+class task:
+    """O pedido de um cliente: o que o worker lê e o que o log diz dele."""
+
+    __slots__ = ("client", "is_chunked", "key", "list", "method", "name", "path", "payload", "started", "taken")
+
+    def __init__(self, request, body):
+        """Compõe a tarefa de uma requisição.
+
+        Argumentos:
+            request (flask.Request): requisição.
+            body (bytes): corpo como veio.
+        """
+        self.name = str(uuid.uuid4())
+        # As chaves da tarefa, das linhas por tirar e das últimas tiradas.
+        self.key = (REDIS_PREFIX + self.name).encode()
+        self.list = (REDIS_LIST_PREFIX + self.name).encode()
+        self.taken = self.list + b":taken"
+        self.client, self.method = client_address(request.environ), request.method
+        path, query = request_target(request.environ)
+        # Acima de 48 KiB o journald parte a linha em duas.
+        self.path = path[:200]
+        self.started = time.monotonic()
+        self.is_chunked = request.environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+        content = {
+            "task_name": self.name,
+            "request_time": time.time(),
+            "headers": task_headers(request),
+            "body": "",
+            "task_key": self.key.decode(),
+            "task_list": self.list.decode(),
+            "method": self.method,
+            "path": path,
+            "query": query,
+            "remote_addr": self.client,
+        }
+        try:
+            content["body"] = body.decode("utf-8")
+        except UnicodeDecodeError:
+            content |= {"body": base64.b64encode(body).decode("ascii"), "body_encoding": "base64"}
+        # O JSON da tarefa, que o stream larga assim que o Redis o recebe.
+        self.payload = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
 
 
 # =============================================================================
-# Coletor: uma thread e uma conexão que perguntam ao Redis por todos os streams
+# Streams: o laço da especificação
 # =============================================================================
 
-# Limites de uma retirada com PAUSE=0 e de uma ida ao Redis: maiores rendem mais
-# linhas por segundo, mas seguram por mais tempo os outros streams e a memória.
-take_lines = 500
-take_bytes = 262144
-round_takes = 128
-# Redes de segurança, em rodízio, a cada INTERVAL com avisos: streams contados, e tarefas
-# examinadas uma a uma, pois a contagem não percebe uma tarefa trocada por uma lista.
-count_size = 16
-types_size = 1
-# Espera máxima, em segundos, de uma requisição por uma resposta do coletor.
-answer_timeout = 5.0
-# Tempos do coletor, em segundos: tolerância para um aviso já a caminho, sinal de
-# vida quando nada acontece, e informe ao systemd (WatchdogSec é 30).
-wake_grace = 0.005
-idle_ping = 15.0
-status_interval = 5.0
-# Uma recusa em menos deste tempo, em segundos, depois de outra faz esperar mais para reabrir.
-refusal_memory = 5.0
-# Espera, em segundos, para pedir de novo que se apaguem as chaves que o Redis recusou apagar.
-removal_retry = 2.0
-# Procura por listas órfãs: tempo entre duas voltas e entre dois passos de uma volta,
-# em segundos, e chaves olhadas em um passo, que seguram o Redis por menos de 1 ms.
-orphan_interval = 20.0
-orphan_pause = 0.02
-orphan_keys = 1000
-# Posições da fila conferidas em um passo: cada uma custa um EXISTS.
-queue_keys = 200
-# Streams que acabam ao mesmo tempo: cada um põe uma thread a disputar o GIL com o coletor,
-# e mil de uma vez atrasariam as linhas dos outros. Quem demora mais que ending_patience
-# segundos, porque seu cliente não lê, não ocupa o lugar do próximo. Quem tem ainda linhas a
-# enviar tem mais lugares: sem um, quem as envia é o coletor, à parte do fim.
-most_endings = 4
-most_last_lines = 16
-ending_patience = 0.1
-
-
-class batch_entry(typing.NamedTuple):
-    """Comandos de um assunto dentro de uma ida ao Redis, e quem trata a resposta.
-
-    on_reply recebe (subject, respostas); se a conexão caiu, no lugar das respostas
-    vem a exceção, e o assunto deve ser refeito ou dado por perdido.
-    """
-
-    commands: list
-    on_reply: typing.Callable
-    subject: typing.Any
-
-
-def first_error(replies):
-    """Procura um erro entre as respostas do Redis.
-
-    Argumentos:
-        replies (list): respostas de redis_link.call.
-    Retorna:
-        redis.ResponseError: o primeiro erro, ou None.
-    """
-    return next((reply for reply in replies if isinstance(reply, redis.ResponseError)), None)
-
-
-def slices(streams):
-    """Divide uma lista de streams, para que um comando não segure o Redis.
-
-    Argumentos:
-        streams (list[stream]): streams.
-    Retorna:
-        list[list]: fatias de até 500 streams.
-    """
-    return [streams[start:start + 500] for start in range(0, len(streams), 500)]
-
-
-def take_turn(streams, size):
-    """Escolhe os streams da vez em um rodízio, e os põe no fim.
-
-    Uma lista de todos custaria em proporção a quantos são; e um lugar contado do
-    começo mudaria de dono com quem sai e quem volta.
-
-    Argumentos:
-        streams (dict): de stream a qualquer valor; na frente, os que esperam há mais tempo pela vez.
-        size (int): quantos escolher.
-    Retorna:
-        list[stream]: até size streams.
-    """
-    part = list(itertools.islice(streams, size))
-    for each in part:
-        streams[each] = streams.pop(each)
-    return part
-
-
-class collector(threading.Thread):
-    """Thread que conversa com o Redis em nome de todos os streams.
-
-    As outras threads só chamam os métodos do primeiro grupo, que deixam um pedido
-    na caixa de entrada; a resposta vai para a fila do stream. Todo o estado
-    restante pertence a esta thread e dispensa travas. O custo acompanha o que
-    acontece, e não quantos esperam: um stream à espera só é consultado quando um
-    aviso ou a consulta periódica diz que há o que buscar.
-    """
-
-    def __init__(self):
-        """Constrói o coletor sem abrir conexões (veja open_link)."""
-        super().__init__(name="coletor", daemon=True)
-        self.pool = redis_pool()
-        self.link = redis_link(self.pool, program)
-        self.inbox = collections.deque()
-        self.alarm = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.poller = select.epoll()
-        self.poller.register(self.alarm, select.EPOLLIN)
-        self.asleep = False
-        self.order = itertools.count()
-        self.names = {}
-        self.clients = {}
-        self.pings, self.submissions, self.removals, self.refused = [], [], [], []
-        self.hungry, self.waiting = {}, {}
-        self.endings, self.ending = collections.deque(), {}
-        self.paused = []
-        self.renewals = {}
-        self.scripts = None
-        self.take_head = b""
-        self.link_fd = -1
-        self.is_down = self.is_tracked = self.wake_refused = self.scripts_refused = False
-        self.failures = self.refusals = self.cuts = self.returns = 0
-        self.retry_at = self.census_at = self.moment = 0.0
-        self.status_at = 0.0 if "NOTIFY_SOCKET" in os.environ else math.inf
-        self.recount_at = self.stop_at = self.refused_at = math.inf
-        self.refusal_at = -math.inf
-        self.refusal = ""
-        self.idle_at = time.monotonic() + idle_ping
-        self.exams = {}
-        self.suspects, self.counted, self.census_serial = [], [], 0
-        self.cursor, self.orphan_at = b"0", 0.0
-        self.strangers, self.orphans = [], []
-        self.queue_at, self.queue_start = 0.0 if REDIS_QUEUE else math.inf, 0
-        self.queued, self.expired = [], []
-
-    # -- chamados pelas outras threads ----------------------------------------
-
-    def post(self, action, *subjects):
-        """Deixa um pedido na caixa de entrada e acorda o coletor se ele dorme.
-
-        Argumentos:
-            action (callable): método que rodará na thread do coletor.
-            subjects (object): argumentos do método.
-        """
-        self.inbox.append((action, subjects))
-        if self.asleep:
-            os.eventfd_write(self.alarm, 1)
-
-    def ping(self, answers):
-        """Pede um PING; pedidos simultâneos são atendidos por um só.
-
-        Argumentos:
-            answers (queue.SimpleQueue): recebe True ou uma exceção.
-        """
-        self.post(self.accept_ping, answers)
-
-    def submit(self, stream, payload):
-        """Pede o SET da tarefa e o PUBLISH; o stream já fica à espera de linhas.
-
-        Argumentos:
-            stream (stream): sua fila recebe o número de ouvintes ou uma exceção.
-            payload (bytes): JSON da tarefa.
-        """
-        self.post(self.accept_submission, stream, payload)
-
-    def ask(self, stream, delay):
-        """Pede as próximas linhas de um stream.
-
-        Argumentos:
-            stream (stream): sua fila recebe (lista de bytes, verdadeiro se são as
-                últimas) ou o motivo do fim.
-            delay (int): tempo a esperar antes de consultar, em ms.
-        """
-        self.post(self.accept_ask, stream, time.monotonic() + delay / 1000)
-
-    def release(self, stream):
-        """Encerra um stream: suas chaves serão apagadas do Redis.
-
-        Argumentos:
-            stream (stream): o stream encerrado.
-        """
-        self.post(self.accept_release, stream)
-
-    def leave(self, stream):
-        """Avisa que o cliente de um stream saiu, se não é o coletor quem o vigia.
-
-        Argumentos:
-            stream (stream): o stream.
-        """
-        self.post(self.finish, stream, ended_client)
-
-    def broadcast(self, reason):
-        """Encerra todos os streams vivos.
-
-        Argumentos:
-            reason (str): motivo do fim, entregue à fila de cada um.
-        """
-        self.post(self.accept_broadcast, reason)
-
-    def stop(self, patience):
-        """Para o coletor depois de apagar as chaves pendentes.
-
-        Argumentos:
-            patience (float): espera máxima, em segundos.
-        """
-        self.post(self.accept_stop, time.monotonic() + patience)
-        self.join(patience + redis_timeout)
-
-    # -- caixa de entrada (daqui em diante, só a thread do coletor) -----------
-
-    def accept_ping(self, answers):
-        """Anota um pedido de PING.
-
-        Argumentos:
-            answers (queue.SimpleQueue): fila de quem pediu.
-        """
-        self.pings.append((answers, 0))
-
-    def accept_submission(self, stream, payload):
-        """Anota uma tarefa a gravar; a partir daqui um aviso já acha o stream.
-
-        Argumentos:
-            stream (stream): stream da tarefa.
-            payload (bytes): JSON da tarefa.
-        """
-        self.names[stream.key] = self.names[stream.list] = stream
-        self.submissions.append((stream, payload))
-        if stream.socket is not None:
-            descriptor = stream.socket.fileno()
-            self.clients[descriptor] = stream
-            self.poller.register(descriptor, select.EPOLLRDHUP)
-
-    def accept_ask(self, stream, due):
-        """Anota que um stream quer linhas a partir de um instante.
-
-        Argumentos:
-            stream (stream): stream que pede.
-            due (float): instante do relógio monotônico, em segundos.
-        """
-        if due <= time.monotonic():
-            self.hungry[stream] = None
-        else:
-            heapq.heappush(self.paused, (due, next(self.order), stream))
-
-    def accept_release(self, stream):
-        """Esquece um stream e anota suas chaves para apagar.
-
-        Argumentos:
-            stream (stream): stream encerrado.
-        """
-        stream.ended = True
-        self.hungry.pop(stream, None)
-        self.waiting.pop(stream, None)
-        self.renewals.pop(stream, None)
-        self.exams.pop(stream, None)
-        self.names.pop(stream.key, None)
-        self.names.pop(stream.list, None)
-        self.removals.append(stream)
-        if self.ending.pop(stream, None) is not None:
-            self.start_endings()
-        for descriptor in [fd for fd in (stream.descriptor,) if self.clients.get(fd) is stream]:
-            self.forget_client(descriptor)
-
-    def accept_broadcast(self, reason):
-        """Entrega um motivo de fim a todos os streams.
-
-        Argumentos:
-            reason (str): motivo do fim.
-        """
-        for stream in set(self.names.values()):
-            stream.answers.put(stream.fate or reason)
-
-    def accept_stop(self, deadline):
-        """Anota o prazo para parar e encerra o que restou.
-
-        Um cliente que não lê prende a sua thread, que não chega a encerrar o
-        stream; suas chaves são apagadas mesmo assim.
-
-        Argumentos:
-            deadline (float): instante do relógio monotônico, em segundos.
-        """
-        self.stop_at = deadline
-        for stream in set(self.names.values()):
-            self.accept_release(stream)
-
-    # -- laço -----------------------------------------------------------------
-
-    def run(self):
-        """Repete: dormir até haver o que fazer, ler os pedidos, ir ao Redis."""
-        while not self.is_finished():
-            try:
-                self.sleep()
-                self.read_inbox()
-                now = time.monotonic()
-                if now >= self.moment:
-                    self.run_timers(now)
-                if self.link.is_open or self.reconnect():
-                    self.go_to_redis(time.monotonic())
-            except Exception as error:
-                # Um defeito nosso não pode deixar todos os clientes sem resposta.
-                log.error("falha interna no coletor: %s: %s", type(error).__name__, error)
-                log.debug("falha interna no coletor", exc_info=True)
-                self.lose_link(error)
-        self.link.close()
-
-    def is_finished(self):
-        """Diz se o coletor pode parar.
-
-        Retorna:
-            bool: verdadeiro se a parada foi pedida e nada resta a fazer, ou se o
-            prazo passou.
-        """
-        if self.stop_at == math.inf:
-            return False
-        idle = not (self.inbox or self.removals or self.submissions or self.pings)
-        return idle or time.monotonic() >= self.stop_at
-
-    def sleep(self):
-        """Dorme até um pedido, um aviso, um cliente que sai ou o próximo prazo."""
-        self.moment = self.next_moment()
-        timeout = max(0.0, self.moment - time.monotonic())
-        self.asleep = True
-        # A caixa é olhada depois de asleep: quem chegou antes não tocou o alarme.
-        events = self.poller.poll(0 if self.inbox else timeout)
-        self.asleep = False
-        if meter is not None:
-            meter.note_wake(self.moment, time.monotonic())
-        for descriptor, _ in events:
-            if descriptor == self.alarm:
-                os.eventfd_read(self.alarm)
-            elif descriptor == self.link_fd:
-                self.read_wake_ups()
-            else:
-                self.check_client(descriptor)
-
-    def next_moment(self):
-        """Calcula quando o coletor precisa agir, mesmo sem nada acontecer.
-
-        Retorna:
-            float: instante do relógio monotônico, em segundos.
-        """
-        moments = [self.stop_at, self.status_at]
-        if self.endings:
-            moments.append(self.next_ending())
-        if not self.link.is_open:
-            return min(*moments, self.retry_at)
-        if any((self.hungry, self.removals, self.suspects, self.strangers, self.orphans, self.queued, self.expired)):
-            return 0.0
-        moments += [self.idle_at, self.recount_at, self.orphan_at, self.refused_at, self.queue_at]
-        if self.waiting:
-            moments.append(self.census_at)
-        if self.paused:
-            moments.append(self.paused[0][0])
-        if self.renewals:
-            moments.append(next(iter(self.renewals.values())))
-        return min(moments)
-
-    def read_inbox(self):
-        """Executa os pedidos das outras threads, na ordem em que chegaram."""
-        for _ in range(len(self.inbox)):
-            action, subjects = self.inbox.popleft()
-            action(*subjects)
-
-    def run_timers(self, now):
-        """Trata o que venceu e não depende do Redis.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        """
-        while self.endings and self.next_ending() <= now:
-            del self.ending[next(iter(self.ending))]
-            self.start_endings()
-        while self.paused and self.paused[0][0] <= now:
-            stream = heapq.heappop(self.paused)[2]
-            if not stream.ended:
-                self.hungry[stream] = None
-        if now >= self.refused_at:
-            self.removals += self.refused
-            self.refused, self.refused_at = [], math.inf
-        if now >= self.status_at:
-            self.tell_systemd(now)
-
-    def hurry_status(self):
-        """Antecipa o informe ao systemd, se houver um systemd a informar."""
-        if self.status_at < math.inf:
-            self.status_at = 0.0
-
-    def tell_systemd(self, now):
-        """Informa o estado ao systemd e alimenta o vigia (WatchdogSec).
-
-        É o coletor quem informa: se ele travar, o systemd reinicia o serviço.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        """
-        self.status_at = now + status_interval
-        state = "fora do ar" if self.is_down else "no ar"
-        notify_systemd(
-            f"WATCHDOG=1\nSTATUS=Redis {state}; streams vivos: {gate.alive}; tarefas atendidas: {gate.served}"
-        )
-
-    # -- fins -----------------------------------------------------------------
-
-    def finish(self, stream, reason):
-        """Diz a um stream que acabou, quando chegar a sua vez.
-
-        Argumentos:
-            stream (stream): stream vivo.
-            reason (str): motivo do fim.
-        """
-        stream.fate = reason
-        self.endings.append(stream)
-        self.start_endings()
-
-    def finish_lines(self, stream, lines):
-        """Entrega as últimas linhas de um stream.
-
-        Argumentos:
-            stream (stream): stream vivo.
-            lines (list[bytes]): linhas tiradas.
-        """
-        if len(self.ending) < most_last_lines:
-            self.start_ending(stream, (lines, True))
-        else:
-            # Só o fim espera por um lugar: as linhas, não.
-            stream.send_now(lines)
-            self.finish(stream, ended_done)
-
-    def start_endings(self):
-        """Acorda os próximos streams que acabaram, enquanto houver lugar."""
-        while self.endings and len(self.ending) < most_endings:
-            stream = self.endings.popleft()
-            if stream.turn.locked():
-                # Sua thread está enviando, talvez a um cliente que não lê: nada a acordar.
-                stream.answers.put(stream.fate)
-            elif not stream.ended:
-                self.start_ending(stream, stream.fate)
-
-    def next_ending(self):
-        """Diz quando o lugar de quem acaba há mais tempo passa a outro.
-
-        Retorna:
-            float: instante do relógio monotônico, em segundos.
-        """
-        return next(iter(self.ending.values()))
-
-    def start_ending(self, stream, answer):
-        """Dá a um stream a sua última resposta.
-
-        Argumentos:
-            stream (stream): stream vivo.
-            answer (str | tuple): motivo do fim, ou as últimas linhas.
-        """
-        self.ending[stream] = time.monotonic() + ending_patience
-        stream.answers.put(answer)
-
-    # -- clientes -------------------------------------------------------------
-
-    def check_client(self, descriptor):
-        """Encerra o stream de um cliente que fechou a conexão.
-
-        Argumentos:
-            descriptor (int): descritor do socket do cliente.
-        """
-        stream = self.clients.get(descriptor)
-        if stream is not None:
-            self.finish(stream, ended_client)
-        self.forget_client(descriptor)
-
-    def forget_client(self, descriptor):
-        """Para de vigiar o socket de um cliente.
-
-        Argumentos:
-            descriptor (int): descritor do socket, talvez já fechado.
-        """
-        self.clients.pop(descriptor, None)
-        with contextlib.suppress(OSError, ValueError):
-            self.poller.unregister(descriptor)
-
-    # -- conexões -------------------------------------------------------------
-
-    def open_link(self):
-        """Abre a conexão, carrega os scripts e liga os avisos.
-
-        Levanta:
-            redis.RedisError: se o Redis não atender.
-        """
-        self.link.open()
-        try:
-            # Apagar o que não existe não muda nada, e uma réplica recusa.
-            pong, trial, *digests = self.link.call([
-                ("PING",), ("UNLINK", REDIS_LIST_PREFIX),
-                ("SCRIPT", "LOAD", take_script), ("SCRIPT", "LOAD", search_script),
-            ])
-            if isinstance(pong, redis.ResponseError):
-                raise pong
-            if is_unable(trial):
-                raise trial
-            # Quem pode carregar um script pode não poder rodá-lo.
-            refusal = first_error(digests) or first_error(self.link.call([("EVALSHA", digests[1], 0)]))
-        except redis.RedisError:
-            self.link.close()
-            raise
-        self.scripts = None if refusal else digests
-        self.take_head = pack_words("EVALSHA", digests[0], 3) if self.scripts else b""
-        if refusal and not self.scripts_refused:
-            log.warning(
-                "o Redis não aceita scripts (%s): as linhas são tiradas com LPOP simples, e uma queda "
-                "da conexão pode perder a que estava a caminho", reason(refusal),
-            )
-        self.scripts_refused = refusal is not None
-        if REDIS_WAKE:
-            self.ask_wake_ups()
-        self.link_fd = self.link.fileno()
-        # Um cliente que acaba de sair pode ter deixado este número, e esquecê-lo tiraria a
-        # conexão do epoll.
-        self.clients.pop(self.link_fd, None)
-        self.poller.register(self.link_fd, select.EPOLLIN | select.EPOLLRDHUP)
-        self.failures = 0
-        # O que mudou enquanto ninguém avisava é procurado agora. Contar não bastaria: não
-        # mostra uma tarefa trocada por uma lista.
-        self.suspects = list(self.waiting)
-        self.schedule_census(time.monotonic())
-
-    def ask_wake_ups(self):
-        """Pede ao Redis que avise, por esta conexão, das chaves que mudarem.
-
-        Em RESP3 os avisos vêm em meio às respostas, em ordem: depois de uma resposta,
-        todo aviso do que aconteceu antes dela já chegou, ou chega logo a seguir.
-
-        Levanta:
-            redis.RedisError: se a conexão falhar.
-        """
-        # Em RESP2 o Redis aceitaria o pedido, e trabalharia por avisos que não tem como mandar.
-        refusal = first_error(self.link.call([("HELLO", 3)])) or first_error(self.link.call([tracking_command()]))
-        self.is_tracked = refusal is None
-        if refusal and not self.wake_refused:
-            log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", reason(refusal))
-        if self.is_tracked and self.wake_refused:
-            log.info("REDIS_WAKE: avisos do Redis restabelecidos")
-        self.wake_refused = refusal is not None
-
-    def lose_link(self, error):
-        """Fecha a conexão, se outra resposta da mesma ida já não o fez.
-
-        Argumentos:
-            error (Exception): a causa.
-        """
-        if self.link.is_open:
-            self.note_failure(error)
-
-    def note_failure(self, error):
-        """Registra que a conexão caiu ou não abriu; a próxima volta a reabre.
-
-        Argumentos:
-            error (Exception): a causa.
-        """
-        now, is_refused = time.monotonic(), isinstance(error, redis_refusals)
-        self.link.close()
-        self.link_fd, self.is_tracked = -1, False
-        if not self.is_down:
-            self.cuts += 1
-            log.warning("Redis fora do ar: %s", reason(error))
-            self.hurry_status()
-        elif is_refused and str(error) != self.refusal:
-            # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
-            log.warning("Redis ainda fora do ar: %s", reason(error))
-        self.is_down, self.refusal = True, str(error)
-        if is_refused:
-            # Uma recusa que dura, como a de uma ACL, seria achada de novo logo depois de reabrir.
-            self.refusals = self.refusals + 1 if now < self.refusal_at + refusal_memory else 0
-            self.refusal_at = now
-            self.failures = max(self.failures, self.refusals)
-        self.retry_at = now + min(1.0, 0.05 * 2 ** min(self.failures, 6)) * (self.failures > 0)
-        self.failures += 1
-
-    def reconnect(self):
-        """Tenta reabrir a conexão, se for hora ou se alguém espera.
-
-        Retorna:
-            bool: verdadeiro se o Redis está de volta.
-        """
-        if not (self.pings or self.submissions) and time.monotonic() < self.retry_at:
-            return False
-        failures = self.failures
-        try:
-            self.open_link()
-        except (redis.RedisError, OSError) as error:
-            self.failures = failures
-            self.note_failure(error)
-            # Quem chegou durante a tentativa não espera por outra.
-            self.read_inbox()
-            self.refuse(error)
-            return False
-        self.is_down = False
-        self.returns += 1
-        self.hurry_status()
-        log.info("Redis de volta")
-        return True
-
-    def refuse(self, error):
-        """Responde com erro a quem espera pelo Redis.
-
-        Argumentos:
-            error (Exception): a causa.
-        """
-        for answers, _ in self.pings:
-            answers.put(error)
-        for stream, _ in self.submissions:
-            stream.answers.put(error)
-        self.pings, self.submissions = [], []
-
-    # -- avisos ---------------------------------------------------------------
-
-    def read_wake_ups(self):
-        """Lê os avisos que chegaram enquanto o coletor dormia, ou a queda da conexão."""
-        try:
-            self.link.listen()
-        except (redis.RedisError, OSError) as error:
-            self.lose_link(error)
-            return
-        self.hear_wake_ups()
-
-    def hear_wake_ups(self):
-        """Acorda os streams de que falam os avisos já lidos."""
-        try:
-            pushes = self.link.take_pushes()
-        except redis.RedisError as error:
-            self.lose_link(error)
-            return
-        for keys in pushes:
-            # FLUSHALL e FLUSHDB avisam sem nomear chaves.
-            self.wake_streams(list(self.names) if keys is None else keys)
-
-    def wake_streams(self, keys):
-        """Põe na fila da próxima ida os streams à espera cujas chaves mudaram.
-
-        Argumentos:
-            keys (list[bytes]): chaves, nossas ou de outro proxy no mesmo Redis.
-        """
-        for key in keys:
-            stream = self.names.get(key)
-            if stream is not None:
-                self.rouse(stream)
-
-    def rouse(self, stream):
-        """Põe um stream na fila da próxima ida, se ele está à espera.
-
-        Argumentos:
-            stream (stream): stream que pode ter o que buscar.
-        """
-        if self.waiting.pop(stream, None) is not None:
-            self.hungry[stream] = None
-
-    # -- ida ao Redis ---------------------------------------------------------
-
-    def go_to_redis(self, now):
-        """Faz em uma só ida tudo o que está pendente e distribui as respostas.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        """
-        batch = self.build_batch(now)
-        if not batch:
-            return
-        self.idle_at = now + idle_ping
-        commands = [command for entry in batch for command in entry.commands]
-        try:
-            replies = self.link.call(commands)
-        except (redis.RedisError, OSError) as error:
-            self.lose_link(error)
-            for entry in batch:
-                entry.on_reply(entry.subject, error)
-            if isinstance(error, redis.TimeoutError):
-                # Quem chegou durante a espera não espera por outra.
-                self.read_inbox()
-                self.refuse(error)
-            return
-        if meter is not None:
-            meter.note_round(len(commands), time.monotonic() - now)
-        position = 0
-        for entry in batch:
-            entry.on_reply(entry.subject, replies[position:position + len(entry.commands)])
-            position += len(entry.commands)
-        # Depois das respostas: um aviso que chegou no meio delas pode ser de uma linha posta
-        # depois da retirada que a teria levado.
-        if self.link.has_pushes():
-            self.hear_wake_ups()
-
-    def build_batch(self, now):
-        """Reúne os comandos pendentes.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        Retorna:
-            list[batch_entry]: vazia se não há o que fazer.
-        """
-        batch = []
-        if self.pings or now >= self.idle_at:
-            batch.append(batch_entry([("PING",)], self.on_ping, self.pings))
-            self.pings = []
-        batch += [
-            batch_entry(submit_commands(stream, payload), self.on_submission, stream)
-            for stream, payload in self.submissions
-        ]
-        self.submissions = []
-        if self.removals:
-            batch.append(batch_entry(removal_commands(self.removals), self.on_removal, self.removals))
-            self.removals = []
-        # Acordado antes da hora, só há o que o acordou: uma linha não espera pelo exame do resto.
-        is_due = now >= self.moment
-        if is_due:
-            # Antes das retiradas e da procura: NOLOOP cala a mudança de uma chave que nós, depois de
-            # um worker e no mesmo instante do Redis, também mudamos, e EXPIRE é mudar.
-            batch += self.build_renewal(now)
-        takes = list(itertools.islice(self.hungry, round_takes))
-        for stream in takes:
-            del self.hungry[stream]
-            batch.append(batch_entry(self.take_commands(stream), self.on_take, stream))
-        if is_due:
-            batch += self.build_census(now) + self.build_orphans(now) + self.build_queue(now)
-        return batch
-
-    def build_census(self, now):
-        """Monta a consulta periódica, que responde por todos os que esperam.
-
-        Com os avisos ligados basta prová-los e contar alguns: quase sempre não há nada a
-        buscar. Se a conta não fecha, quase sempre é um aviso a caminho: depois de wake_grace,
-        recontam-se, em fatias, os que ainda esperam, e só na fatia que não fecha procura-se
-        quem é.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        Retorna:
-            list[batch_entry]: vazia se ainda não é hora.
-        """
-        if not self.waiting:
-            self.recount_at, self.suspects, self.counted = math.inf, [], []
-            return []
-        batch = []
-        if now >= self.recount_at:
-            self.recount_at = math.inf
-            # Quem voltou a esperar depois da conta não foi contado.
-            old = [stream for stream in self.counted if self.waiting.get(stream, math.inf) <= self.census_serial]
-            batch += [self.count_entry(part, self.on_recount) for part in slices(old)]
-        if now >= self.census_at:
-            self.schedule_census(now)
-            batch += self.build_count()
-        suspects, self.suspects = self.suspects, []
-        if self.scripts is None:
-            for stream in suspects:
-                self.rouse(stream)
-            return batch
-        return batch + [
-            batch_entry([pack_command(
-                3 + 2 * len(part), pack_words("EVALSHA", self.scripts[1], 2 * len(part)),
-                *[keys for s in part for keys in (s.packed_key, s.packed_list)],
-            )], self.on_search, part)
-            for part in slices(suspects)
-        ]
-
-    def schedule_census(self, now):
-        """Marca a próxima consulta periódica.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        """
-        self.census_at = now + INTERVAL / 1000
-
-    def build_count(self):
-        """Monta a prova dos avisos e uma contagem; sem avisos, a procura.
-
-        A prova confirma que o Redis ainda os manda por esta conexão: a ordem dela garante
-        o resto.
-
-        Retorna:
-            list[batch_entry]: a prova, o exame de algumas tarefas e a contagem de alguns
-            streams, em rodízio; vazia sem avisos.
-        """
-        if not self.is_tracked:
-            self.suspects = list(self.waiting)
-            return []
-        self.census_serial = next(self.order)
-        counted = take_turn(self.waiting, count_size)
-        # Quem não espera está em uma retirada, que também lê o tipo.
-        typed = [each for each in take_turn(self.exams, types_size) if each in self.waiting]
-        return [
-            batch_entry([("CLIENT", "GETREDIR")], self.on_proof, None),
-            batch_entry([("TYPE", s.key) for s in typed], self.on_types, typed),
-            self.count_entry(counted, self.on_count),
-        ]
-
-    def count_entry(self, streams, on_reply):
-        """Monta a contagem das listas e das tarefas que existem.
-
-        Argumentos:
-            streams (list[stream]): streams à espera.
-            on_reply (callable): quem trata a resposta.
-        Retorna:
-            batch_entry: dois comandos, seja qual for o número de streams.
-        """
-        words = 1 + len(streams)
-        head = pack_words("EXISTS")
-        return batch_entry([
-            pack_command(words, head, *[s.packed_list for s in streams]),
-            pack_command(words, head, *[s.packed_key for s in streams]),
-        ], on_reply, streams)
-
-    def build_renewal(self, now):
-        """Monta a renovação da validade das chaves dos streams vivos.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        Retorna:
-            list[batch_entry]: no máximo uma entrada.
-        """
-        # Estão em ordem, pois todos têm o mesmo prazo; quem é renovado vai para o fim.
-        if not self.renewals or next(iter(self.renewals.values())) > now:
-            return []
-        due = itertools.takewhile(lambda item: item[1] <= now, self.renewals.items())
-        streams = [stream for stream, _ in itertools.islice(due, 500)]
-        for stream in streams:
-            del self.renewals[stream]
-            self.renewals[stream] = now + REDIS_TTL / 3
-        self.suspects += [stream for stream in streams if stream in self.waiting]
-        # Quem espera tem a lista vazia, e uma lista vazia não existe; a chave das linhas
-        # tiradas só serve à retirada que a gravou, com uma validade inteira.
-        keys = [key for each in streams for key in ((each.key,) if each in self.waiting else (each.key, each.list))]
-        return [batch_entry([("EXPIRE", key, REDIS_TTL) for key in keys], self.on_renewal, None)]
-
-    def build_orphans(self, now):
-        """Monta um passo da procura por listas órfãs.
-
-        Um worker que empurra depois do fim da tarefa, ou depois de o proxy ser morto,
-        recria a lista sem validade, e ela ficaria no Redis para sempre; também a que
-        ele pôs no lugar da tarefa, na leitura literal.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        Retorna:
-            list[batch_entry]: vazia se não é hora.
-        """
-        batch = []
-        if self.orphans:
-            orphans, self.orphans = self.orphans, []
-            batch.append(batch_entry([("EXPIRE", name, REDIS_TTL) for name in orphans], self.on_renewal, None))
-        if self.strangers:
-            strangers, self.strangers = self.strangers, []
-            commands = [each for name, other in strangers for each in (("EXISTS", other), ("TTL", name))]
-            batch.append(batch_entry(commands, self.on_strangers, [name for name, _ in strangers]))
-        if now >= self.orphan_at:
-            self.orphan_at = math.inf
-            # Uma volta só para as duas formas de lista: o que custa é percorrer o banco.
-            prefix = os.path.commonprefix([REDIS_LIST_PREFIX, REDIS_PREFIX])
-            pattern = re.sub(r"([*?\[\]\\])", r"\\\1", prefix) + "*"
-            command = ("SCAN", self.cursor, "MATCH", pattern, "COUNT", orphan_keys, "TYPE", "list")
-            batch.append(batch_entry([command], self.on_scan, None))
-        return batch
-
-    def build_queue(self, now):
-        """Monta um passo da procura por tarefas mortas na fila.
-
-        Todo fim tira a sua tarefa da fila; um proxy morto deixa nela as que tinha, e
-        sem um worker elas ficariam para sempre.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        Retorna:
-            list[batch_entry]: vazia se não é hora.
-        """
-        batch = []
-        if self.expired:
-            expired, self.expired = self.expired, []
-            batch.append(batch_entry([("LREM", REDIS_QUEUE, 1, key) for key in expired], self.on_cleaning, None))
-        if self.queued:
-            queued, self.queued = self.queued, []
-            batch.append(batch_entry([("EXISTS", key) for key in queued], self.on_queued, queued))
-        if now >= self.queue_at:
-            self.queue_at = math.inf
-            command = ("LRANGE", REDIS_QUEUE, self.queue_start, self.queue_start + queue_keys - 1)
-            batch.append(batch_entry([command], self.on_queue, None))
-        return batch
-
-    def take_commands(self, stream):
-        """Monta a retirada de linhas de um stream.
-
-        Argumentos:
-            stream (stream): stream que pediu linhas.
-        Retorna:
-            list: comandos; a última resposta traz [tipo da chave, linhas].
-        """
-        if self.scripts is None:
-            return [("MULTI",), ("TYPE", stream.key), ("LPOP", stream.source, self.most_lines()), ("EXEC",)]
-        return [stream.packed_take or self.pack_take(stream)]
-
-    def pack_take(self, stream):
-        """Escreve a retirada pelo script.
-
-        Argumentos:
-            stream (stream): stream que pede linhas.
-        Retorna:
-            bytes: o comando no protocolo do Redis.
-        """
-        return pack_command(10, self.take_head, stream.packed_keys, pack_words(
-            stream.sequence, self.most_lines(), take_bytes, REDIS_TTL,
-        ))
-
-    def most_lines(self):
-        """Diz quantas linhas uma retirada pode trazer.
-
-        Retorna:
-            int: uma, se há uma pausa depois de cada linha.
-        """
-        return 1 if PAUSE else take_lines
-
-    def wait_for_lines(self, stream):
-        """Deixa um stream à espera de um aviso ou da consulta periódica.
-
-        Argumentos:
-            stream (stream): stream sem linhas na lista.
-        """
-        if not self.waiting:
-            # O primeiro a esperar terá um INTERVAL inteiro.
-            self.schedule_census(time.monotonic())
-        self.waiting[stream] = next(self.order)
-        self.exams.setdefault(stream)
-        # Pronta agora, a retirada sai mais cedo quando o aviso chegar.
-        stream.packed_take = self.pack_take(stream) if self.scripts else None
-
-    # -- respostas ------------------------------------------------------------
-
-    def is_good(self, replies, complaint):
-        """Diz se as respostas de uma tarefa de rotina servem, e registra a recusa.
-
-        Argumentos:
-            replies (list | Exception): respostas ou a falha da conexão.
-            complaint (str): o que deixa de ser feito, para o operador.
-        Retorna:
-            bool: falso se a conexão falhou ou se o Redis recusou.
-        """
-        if isinstance(replies, Exception):
-            return False
-        error = first_error(replies)
-        if error is not None:
-            rare.tell(f"{complaint}: {reason(error)}")
-        return error is None
-
-    def on_ping(self, subject, replies):
-        """Responde a quem pediu PING.
-
-        Argumentos:
-            subject (list): pares (fila, número de tentativas).
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        if isinstance(replies, Exception):
-            # Uma conexão que o Redis fechou enquanto dormia não prova que ele
-            # caiu: vale uma segunda tentativa. Já o silêncio prova.
-            late = isinstance(replies, redis.TimeoutError)
-            for answers, tries in subject:
-                if late or tries:
-                    answers.put(replies)
-                else:
-                    self.pings.append((answers, 1))
-            return
-        answer = True if replies[0] == b"PONG" else replies[0]
-        if answer is not True:
-            rare.tell(f"o Redis recusou o PING: {reason(answer)}")
-        for answers, _ in subject:
-            answers.put(answer)
-
-    def on_submission(self, stream, replies):
-        """Trata a resposta de SET e PUBLISH.
-
-        Argumentos:
-            stream (stream): stream da tarefa.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        # Dentro da transação, só a fila pode falhar: não é uma lista.
-        error = replies if isinstance(replies, Exception) else first_error(replies) or first_error(replies[-1])
-        if is_unable(error):
-            self.lose_link(error)
-        if error is None and not stream.ended:
-            self.wait_for_lines(stream)
-            self.renewals[stream] = time.monotonic() + REDIS_TTL / 3
-        stream.answers.put(replies[-1][-1] if error is None else error)
-
-    def on_removal(self, streams, replies):
-        """Confere se as chaves foram apagadas.
-
-        Argumentos:
-            streams (list[stream]): streams encerrados.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        if isinstance(replies, Exception):
-            # Se o Redis demorar a voltar, a validade das chaves faz o serviço.
-            self.removals = (streams + self.removals)[:10000]
-        elif not self.is_good(replies[:1], "o Redis não apagou as chaves das tarefas"):
-            self.refused = (streams + self.refused)[:10000]
-            self.refused_at = time.monotonic() + removal_retry
-        else:
-            # Repetir não ajudaria: a procura na fila tira depois o que ficou.
-            self.on_cleaning(None, replies)
-
-    def on_take(self, stream, replies):
-        """Entrega ao stream as linhas tiradas, ou o deixa à espera.
-
-        Argumentos:
-            stream (stream): stream que pediu linhas.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        if stream.ended:
-            return
-        stream.packed_take = None
-        if isinstance(replies, Exception):
-            self.hungry[stream] = None
-            return
-        if self.scripts is None or isinstance(replies[0], redis.ResponseError):
-            # Dentro de uma transação o erro vem entre as respostas do EXEC.
-            error = first_error(replies) or first_error(replies[-1])
-            if error is not None:
-                self.on_refused_take(stream, error)
-                return
-        type_name, lines = replies[-1]
-        if lines:
-            stream.sequence += 1
-            # Sem scripts só a próxima consulta dirá se a lista se esvaziou.
-            if type_name == b"none" and self.scripts is not None:
-                self.finish_lines(stream, lines)
-            elif stream.send_now(lines):
-                self.accept_ask(stream, time.monotonic() + PAUSE / 1000)
-        elif type_name == b"none":
-            self.finish(stream, ended_done)
-        elif type_name == b"list" and self.scripts is None and stream.source != stream.key:
-            stream.source = stream.key
-            self.hungry[stream] = None
-        elif type_name in (b"string", b"list"):
-            self.wait_for_lines(stream)
-        else:
-            stream.answers.put(task_key_error(
-                f"a chave da tarefa foi trocada por um valor do tipo {type_name.decode()}: só se aceita uma lista"))
-
-    def on_refused_take(self, stream, error):
-        """Trata uma retirada que o Redis recusou.
-
-        Argumentos:
-            stream (stream): stream que pediu linhas.
-            error (redis.ResponseError): a recusa.
-        """
-        if error_code(error) == "NOSCRIPT" or is_unable(error) or is_evalsha_denied(error):
-            # SCRIPT FLUSH, ou uma ACL mudada agora: quem reabre a conexão carrega os scripts de novo, ou passa sem eles.
-            self.hungry[stream] = None
-            self.lose_link(error)
-        else:
-            stream.answers.put(error)
-
-    def on_proof(self, _, replies):
-        """Reabre a conexão se os avisos cessaram; conta todos se o Redis não o diz.
-
-        Argumentos:
-            _ (None): sem uso.
-            replies (list | Exception): zero se os avisos vêm por esta conexão, -1 se não.
-        """
-        if replies == [-1]:
-            self.lose_link(redis.ConnectionError("o Redis deixou de mandar os avisos"))
-        elif not isinstance(replies, Exception) and replies != [0]:
-            self.recount(list(self.waiting))
-
-    def on_count(self, streams, replies):
-        """Compara uma contagem com o esperado.
-
-        Argumentos:
-            streams (list[stream]): streams contados.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        if not isinstance(replies, Exception) and is_unable(first_error(replies)):
-            self.lose_link(first_error(replies))
-        elif self.is_good(replies, "a consulta periódica falhou") and replies != [0, len(streams)]:
-            self.recount(streams)
-
-    def recount(self, streams):
-        """Marca uma nova contagem, dando tempo a um aviso que já esteja a caminho.
-
-        Argumentos:
-            streams (list[stream]): streams a contar; não substituem uma marcada com mais.
-        """
-        if self.recount_at == math.inf or len(streams) > len(self.counted):
-            self.counted = streams
-        # Sem adiar a que já está marcada: com INTERVAL menor que wake_grace ela nunca viria.
-        self.recount_at = min(self.recount_at, time.monotonic() + wake_grace)
-
-    def on_recount(self, streams, replies):
-        """Anota para procura a fatia cuja conta não fecha, ou todos, se ela é só a da vez.
-
-        Argumentos:
-            streams (list[stream]): streams contados.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        if not isinstance(replies, Exception) and replies != [0, len(streams)]:
-            # Se um aviso se perdeu, outros podem ter-se perdido com ele.
-            self.suspects = self.suspects + streams if len(streams) > count_size else list(self.waiting)
-
-    def on_types(self, streams, replies):
-        """Põe na fila os streams cuja tarefa já não é a string que gravamos.
-
-        Argumentos:
-            streams (list[stream]): streams consultados, na ordem da pergunta.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        if isinstance(replies, Exception) or first_error(replies):
-            return
-        for stream, type_name in zip(streams, replies, strict=True):
-            if type_name != b"string":
-                self.rouse(stream)
-
-    def on_search(self, streams, replies):
-        """Põe na fila os streams que têm o que buscar.
-
-        Argumentos:
-            streams (list[stream]): streams consultados, na ordem da pergunta.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        if isinstance(replies, Exception):
-            return
-        if isinstance(replies[0], redis.ResponseError):
-            self.lose_link(replies[0])
-            return
-        for position in replies[0]:
-            self.rouse(streams[position])
-
-    def on_scan(self, _, replies):
-        """Separa as listas que não são de um stream vivo deste proxy.
-
-        Argumentos:
-            _ (None): sem uso.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        self.orphan_at = time.monotonic() + orphan_interval
-        if not self.is_good(replies, "as listas órfãs não são procuradas"):
-            return
-        self.cursor, names = replies[0]
-        if self.cursor != b"0":
-            self.orphan_at += orphan_pause - orphan_interval
-        self.strangers = [
-            (name, other) for name, other in zip(names, map(companion, names), strict=True)
-            if other and name not in self.names
-        ]
-
-    def on_strangers(self, names, replies):
-        """Anota as listas sozinhas e sem validade.
-
-        Argumentos:
-            names (list[bytes]): listas.
-            replies (list | Exception): para cada uma, se a companheira existe e a
-                validade.
-        """
-        if not isinstance(replies, Exception):
-            self.orphans = [name for i, name in enumerate(names) if replies[2 * i:2 * i + 2] == [0, -1]]
-
-    def on_queue(self, _, replies):
-        """Separa as tarefas da fila que não são de um stream vivo deste proxy.
-
-        Argumentos:
-            _ (None): sem uso.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        self.queue_at = time.monotonic() + orphan_interval
-        if not self.is_good(replies, "REDIS_QUEUE: as tarefas mortas não são procuradas na fila"):
-            return
-        if len(replies[0]) < queue_keys:
-            self.queue_start = 0
-        else:
-            self.queue_start += queue_keys
-            self.queue_at += orphan_pause - orphan_interval
-        # Do que não é tarefa, posto ali por outro programa, a falta da chave nada diz.
-        prefix = REDIS_PREFIX.encode()
-        self.queued = [key for key in replies[0] if key not in self.names and key.startswith(prefix)]
-
-    def on_queued(self, keys, replies):
-        """Anota as tarefas da fila que não existem mais; uma chave nunca volta a existir.
-
-        Argumentos:
-            keys (list[bytes]): chaves das tarefas.
-            replies (list | Exception): se cada uma existe, ou a falha da conexão.
-        """
-        if not isinstance(replies, Exception):
-            self.expired = [key for key, reply in zip(keys, replies, strict=True) if reply == 0]
-            self.queue_start = max(0, self.queue_start - len(self.expired))
-
-    def on_cleaning(self, _, replies):
-        """Confere se as tarefas mortas saíram da fila.
-
-        Argumentos:
-            _ (None): sem uso.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        self.is_good(replies, "REDIS_QUEUE: as tarefas mortas não saem da fila")
-
-    def on_renewal(self, _, replies):
-        """Confere se a validade das chaves foi renovada.
-
-        Argumentos:
-            _ (None): sem uso.
-            replies (list | Exception): respostas ou a falha da conexão.
-        """
-        self.is_good(replies, "o Redis não renovou a validade das chaves")
-
-
-def companion(name):
-    """Dá a outra chave da tarefa de uma lista.
-
-    Argumentos:
-        name (bytes): nome de uma lista.
-    Retorna:
-        bytes: a chave da tarefa; se é dela o nome, pois o worker a trocou por uma
-        lista, o da lista que a tarefa nomeava; b"" se o nome não é dos nossos.
-    """
-    prefixes = [REDIS_LIST_PREFIX.encode(), REDIS_PREFIX.encode()]
-    # Um pode ser o começo do outro.
-    for prefix in sorted(prefixes, key=len, reverse=True):
-        if name.startswith(prefix):
-            return prefixes[prefix == prefixes[0]] + name[len(prefix):]
-    return b""
-
-
-def tracking_command():
-    """Monta o pedido dos avisos.
-
-    Retorna:
-        tuple: o comando.
-    """
-    prefixes = {REDIS_PREFIX, REDIS_LIST_PREFIX}
-    # O Redis recusa prefixos que se sobrepõem; o mais curto abrange o outro.
-    prefixes = [p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)]
-    options = [word for prefix in prefixes for word in ("PREFIX", prefix)]
-    return ("CLIENT", "TRACKING", "ON", "BCAST", *options, "NOLOOP")
-
-
-def submit_commands(stream, payload):
-    """Monta a gravação e a publicação da tarefa.
-
-    Argumentos:
-        stream (stream): stream da tarefa.
-        payload (bytes): JSON da tarefa.
-    Retorna:
-        list[tuple]: uma transação: se o SET for recusado, nada é publicado nem entra na
-        fila. A última resposta da transação é a do PUBLISH.
-    """
-    queued = [("RPUSH", REDIS_QUEUE, stream.key)] if REDIS_QUEUE else []
-    return [
-        ("MULTI",), ("SET", stream.key, payload, "EX", REDIS_TTL), *queued, ("PUBLISH", REDIS_CHANNEL, stream.key),
-        ("EXEC",),
-    ]
-
-
-def removal_commands(streams):
-    """Monta a remoção do que resta de streams encerrados.
-
-    Sair da fila a cada fim a mantém do tamanho do que está vivo: é o que torna barato
-    o LREM, que a percorre quando um worker já tirou a tarefa.
-
-    Argumentos:
-        streams (list[stream]): streams encerrados.
-    Retorna:
-        list[tuple]: comandos.
-    """
-    keys = [key for stream in streams for key in (stream.key, stream.list, stream.taken)]
-    queued = [("LREM", REDIS_QUEUE, 1, stream.key) for stream in streams] if REDIS_QUEUE else []
-    return [("UNLINK", *keys), *queued]
-
-
-# =============================================================================
-# Stream: a resposta de um cliente
-# =============================================================================
-
-# Até este tamanho, em bytes, o coletor envia as linhas ele mesmo: preparar mais que
-# isso faria os outros streams esperarem.
-direct_bytes = 65536
 # Motivos do fim de um streaming, como aparecem no log.
 ended_done = "concluida"
 ended_word = "eof"
@@ -3042,333 +1687,724 @@ ended_shutdown = "shutdown"
 ended_error = "erro"
 end_reasons = (ended_done, ended_word, ended_timeout, ended_client, ended_shutdown, ended_error)
 
+# Tempo máximo, em segundos, de um cliente que não lê nada do que lhe foi enviado.
+client_timeout = 60.0
+# Tempo, em segundos, que um cliente já servido tem para fechar: fechar antes dele, com
+# bytes seus por ler, apagaria o fim da resposta ainda a caminho (RST).
+closing_patience = 1.0
+# Tempo, em segundos, que a última consulta tem depois que MAXTIME se esgota.
+last_take_patience = 0.5
+last_chunk = b"0\r\n\r\n"
+send_buffer = 262144
 
-class stream_gate:
-    """Conta os streams vivos e limita quantos podem existir."""
+# Os streams que ocupam um lugar, na ordem do rodízio da rede; a chave e a lista de cada um
+# que já foi ao Redis; e as corrotinas, que o asyncio só referencia fracamente.
+live = {}
+names = {}
+runners = {}
+# Chaves de tarefas encerradas, por apagar: além do limite, a validade das chaves faz o serviço.
+removals = collections.deque(maxlen=10000)
+has_removals = asyncio.Event()
+# Nomes de que o Redis falou e que não são de um stream vivo: talvez listas sem dono.
+strangers = set()
+most_strangers = 10000
+
+
+class gate:
+    """Quem pode entrar: o limite de streams, quantos já acabaram, e se o serviço está parando."""
 
     limit = 0
+    served = 0
+    is_closed = False
 
-    def __init__(self):
-        """Começa aberto e vazio; o limite é dado por raise_descriptor_limit."""
-        self.changed = threading.Condition()
-        self.alive = self.served = 0
-        self.closed = False
 
-    def enter(self):
-        """Reserva o lugar de um stream.
+class refusal(Exception):
+    """Recusa de uma requisição antes do streaming: status, código e frase da resposta."""
 
-        Retorna:
-            bool: falso se já há limit streams ou se o serviço está parando.
-        """
-        with self.changed:
-            if self.closed or self.alive >= self.limit:
-                return False
-            self.alive += 1
-            return True
-
-    def leave(self):
-        """Devolve o lugar de um stream."""
-        with self.changed:
-            self.alive -= 1
-            self.served += 1
-            self.changed.notify_all()
-
-    def close(self):
-        """Recusa os próximos streams."""
-        self.closed = True
-
-    def wait_empty(self, timeout):
-        """Espera que não reste stream vivo.
+    def __init__(self, status, code, message):
+        """Guarda a resposta.
 
         Argumentos:
-            timeout (float): espera máxima, em segundos.
-        Retorna:
-            bool: verdadeiro se não resta nenhum.
+            status (int): status HTTP.
+            code (str): código do erro, para programas.
+            message (str): frase em português, para pessoas.
         """
-        with self.changed:
-            return self.changed.wait_for(lambda: self.alive == 0, timeout)
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
 
 
-class stream:
-    """Um cliente à espera das linhas de sua tarefa.
+class task_key_error(Exception):
+    """A chave da tarefa foi trocada por algo que não é string nem lista."""
 
-    Quem escreve no socket é quem tem a vez (turn): a thread do cliente, que só a
-    larga enquanto espera, ou o coletor, que então envia a linha ele mesmo: acordar a
-    thread custaria mais que enviar.
-    """
 
-    def __init__(self, name, environ):
-        """Prepara o stream de uma requisição.
+class client(asyncio.Protocol):
+    """O socket de um cliente: o que saiu por ele, e a notícia de que ele se foi."""
+
+    __slots__ = ("bytes", "first_at", "is_chunked", "lines", "room", "sent_at", "skipped", "stream", "transport")
+
+    def __init__(self, owner):
+        """Começa sem socket.
 
         Argumentos:
-            name (str): task_name da tarefa.
-            environ (dict): ambiente WSGI da requisição.
+            owner (stream): quem será avisado quando o cliente sair.
         """
-        self.key = (REDIS_PREFIX + name).encode()
-        self.list = self.source = (REDIS_LIST_PREFIX + name).encode()
-        self.taken = self.list + b":taken"
-        self.packed_key, self.packed_list = pack_words(self.key), pack_words(self.list)
-        self.packed_keys = pack_words(self.key, self.list, self.taken)
-        self.packed_take = None
-        self.sequence = 1
-        self.ended = False
-        # O motivo do fim, enquanto espera a vez de ser entregue.
-        self.fate = None
-        self.answers = queue.SimpleQueue()
-        # O flask (werkzeug) entrega o socket, vigiado pelo epoll do coletor; no
-        # waitress é a conexão, vigiada pelo laço dele, que diz que o cliente saiu.
-        self.socket = environ.get("werkzeug.socket")
-        self.descriptor = self.socket.fileno() if self.socket is not None else -1
-        self.handler = environ.get("ndjson.handler")
-        if "ndjson.channel" in environ:
-            environ["ndjson.channel"].watch(self)
-        self.name = name
-        self.client = client_address(environ)
-        self.method = environ["REQUEST_METHOD"]
-        # Acima de 48 KiB o journald parte a linha em duas.
-        self.path = request_target(environ)[0][:200]
-        self.started = time.monotonic()
-        self.first_line = None
-        self.lines = self.bytes = 0
-        self.reason = ended_client
-        self.once = threading.Lock()
-        self.turn = threading.Lock()
-        self.turn.acquire()
-        self.last_line = self.last_sent = self.started
-        self.is_chunked = environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+        self.stream, self.is_chunked = owner, owner.task.is_chunked
+        # O transporte do asyncio, depois da entrega.
+        self.transport = None
+        # Futuro à espera de que o cliente leia, ou se vá; None se cabe mais.
+        self.room = None
+        # O que o log conta, quando saiu a primeira linha e o que quer que seja por último.
+        self.lines = self.bytes = self.skipped = 0
+        self.first_at, self.sent_at = None, owner.task.started
 
-    def __iter__(self):
-        """Gera os bytes da resposta e cuida do encerramento.
-
-        Retorna:
-            iterator: trechos de bytes, cada um com uma ou mais linhas inteiras.
-        """
-        try:
-            yield from self.pump()
-        except OSError:
-            # O cliente saiu: o servidor sabe o que fazer com a conexão.
-            raise
-        except Exception as error:
-            self.reason = ended_error
-            log.error("tarefa=%s falha interna: %s: %s", self.name, type(error).__name__, error)
-            log.debug("tarefa=%s falha interna", self.name, exc_info=True)
-            yield self.count(error_line("internal", "falha interna do proxy"), 1, is_ours=True)
-        finally:
-            self.close()
-
-    def pump(self):
-        """Espera as respostas do coletor e as transforma em linhas.
-
-        Retorna:
-            iterator: trechos de bytes.
-        Levanta:
-            OSError: se o cliente saiu ou não lê.
-        """
-        while True:
-            answer = self.wait()
-            if answer is None:
-                if time.monotonic() >= self.line_deadline():
-                    self.reason = ended_timeout
-                    yield self.count(MAXTIME_ERROR + b"\n", 1, is_ours=True)
-                    return
-                if time.monotonic() >= self.beat_deadline():
-                    yield HEARTBEAT_LINE + b"\n"
-                    self.last_sent = time.monotonic()
-                continue
-            if isinstance(answer, bytes):
-                send_all(self.socket, answer)
-            elif isinstance(answer, tuple):
-                chunk, lines, is_end = join_lines(answer[0])
-                is_last = is_end or answer[1]
-                if chunk and is_last and self.handler is not None:
-                    # De uma vez: dois envios acordariam o cliente duas vezes.
-                    end = last_chunk if self.is_chunked else b""
-                    self.handler.send_last(frame(self.count(chunk, lines), self.is_chunked) + end)
-                elif chunk:
-                    yield self.count(chunk, lines)
-                if is_last:
-                    self.reason = ended_word if is_end else ended_done
-                    return
-            else:
-                yield from self.end(answer)
-                return
-            # O relógio conta a partir do envio: um cliente lento não faz vencer
-            # o prazo de linhas que já estão na lista.
-            self.last_line = self.last_sent = time.monotonic()
-            hub.ask(self, PAUSE)
-
-    def line_deadline(self):
-        """Calcula quando MAXTIME se esgota.
-
-        Retorna:
-            float: instante do relógio monotônico, em segundos.
-        """
-        return self.last_line + MAXTIME / 1000
-
-    def beat_deadline(self):
-        """Calcula quando HEARTBEAT_LINE deve sair.
-
-        Retorna:
-            float: instante do relógio monotônico, em segundos.
-        """
-        return self.last_sent + HEARTBEAT / 1000 if HEARTBEAT else math.inf
-
-    def wait(self):
-        """Larga a vez até o coletor responder ou um prazo vencer.
-
-        Retorna:
-            object: resposta do coletor; None se um prazo pode ter vencido.
-        """
-        limit = min(self.line_deadline(), self.beat_deadline())
-        self.turn.release()
-        try:
-            return self.answers.get(timeout=max(0.0, limit - time.monotonic()))
-        except queue.Empty:
-            pass
-        finally:
-            self.turn.acquire()
-        # O coletor pode ter respondido entre o prazo e a vez; um resto de linha
-        # precisa sair antes de qualquer outra coisa, e quem já acabou não se atrasou.
-        return self.fate if self.answers.empty() else self.answers.get()
-
-    def send_now(self, elements):
-        """Envia linhas na thread do coletor, se isso não a faz esperar.
+    def connection_made(self, transport):
+        """Recebe o socket.
 
         Argumentos:
-            elements (list[bytes]): elementos da lista.
-        Retorna:
-            bool: verdadeiro se tudo foi enviado; senão, o que falta fica para a
-            thread do cliente, que pedirá as próximas linhas.
+            transport (asyncio.Transport): o socket, agora do laço.
         """
-        is_large = sum(map(len, elements)) > direct_bytes
-        if self.socket is None or is_large or not self.turn.acquire(blocking=False):
-            self.answers.put((elements, False))
-            return False
-        rest = (elements, False)
-        try:
-            chunk, lines, is_end = join_lines(elements)
-            if not is_end:
-                rest = send_some(self.socket, frame(self.count(chunk, lines), self.is_chunked)) if chunk else b""
-                self.last_line = self.last_sent = time.monotonic()
-        except OSError:
-            rest = ended_client
-        finally:
-            # Antes de largar a vez: nada pode sair no meio de uma linha.
-            if rest:
-                self.answers.put(rest)
-            self.turn.release()
-        return not rest
+        self.transport = transport
 
-    def end(self, answer):
-        """Gera a última linha, se o motivo do fim pede uma.
+    def eof_received(self):
+        """Encerra o stream: quem fecha o seu lado de envio conta como quem saiu."""
+        self.stream.end(ended_client)
+
+    def connection_lost(self, error):
+        """Encerra o stream de um cliente que saiu.
 
         Argumentos:
-            answer (str | Exception): motivo do fim ou erro do Redis.
-        Retorna:
-            iterator: nenhum ou um trecho de bytes.
+            error (Exception): a causa, ou None.
         """
-        if isinstance(answer, Exception):
-            self.reason = ended_error
-            message = f"o Redis recusou a consulta: {redis_words(answer)}"
-            if isinstance(answer, task_key_error):
-                message = str(answer)
-            log.warning("tarefa=%s %s", self.name, message)
-            yield self.count(error_line("redis_error", message), 1, is_ours=True)
-            return
-        self.reason = answer
-        if answer == ended_shutdown:
-            yield self.count(error_line("shutdown"), 1, is_ours=True)
+        self.resume_writing()
+        self.stream.end(ended_client)
 
-    def count(self, chunk, lines, is_ours=False):
+    def pause_writing(self):
+        """Para o stream: o cliente não lê, e o que ele não leu fica no Redis."""
+        self.room = loop.create_future()
+
+    def resume_writing(self):
+        """Deixa o stream continuar."""
+        if self.room is not None and not self.room.done():
+            self.room.set_result(None)
+        self.room = None
+
+    def count(self, chunk, lines, skipped=0, is_ours=False):
         """Anota o que vai ser enviado.
 
         Argumentos:
             chunk (bytes): trecho com linhas inteiras.
             lines (int): número de linhas do trecho.
+            skipped (int): elementos em branco, que não vão.
             is_ours (bool): verdadeiro se não vem do worker: é a linha de um erro.
-        Retorna:
-            bytes: o mesmo trecho.
         """
-        if self.first_line is None:
-            self.first_line = time.monotonic()
-            if meter is not None and not is_ours:
-                meter.note_first_line(self.first_line - self.started)
+        self.skipped += skipped
+        if not lines:
+            return
         self.lines += lines
         self.bytes += len(chunk)
-        return chunk
-
-    def close(self):
-        """Encerra o stream, uma só vez: devolve o lugar, apaga as chaves, registra."""
-        if not self.once.acquire(blocking=False):
-            return
-        hub.release(self)
-        gate.leave()
-        duration = time.monotonic() - self.started
         if meter is not None:
-            meter.finish(self, duration)
-        first = "-" if self.first_line is None else round((self.first_line - self.started) * 1000)
+            meter.lines.inc(lines)
+            meter.bytes.inc(len(chunk))
+        if self.first_at is None:
+            self.first_at = loop.time()
+            if meter is not None and not is_ours:
+                meter.first_line.observe(self.first_at - self.stream.task.started)
+
+    def frame(self, chunk):
+        """Dá a um trecho a forma em que ele vai no socket.
+
+        Argumentos:
+            chunk (bytes): linhas inteiras; vazio não é nada, pois um chunk vazio é o último.
+        Retorna:
+            bytes: o trecho, com o tamanho à frente em HTTP/1.1, cuja resposta vai em chunks.
+        """
+        return b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunk and self.is_chunked else chunk
+
+    async def send(self, chunk):
+        """Envia linhas e espera que o cliente as leia, se já há muitas por ler.
+
+        Argumentos:
+            chunk (bytes): linhas inteiras.
+        """
+        self.transport.write(self.frame(chunk))
+        while self.room is not None:
+            left = self.transport.get_write_buffer_size()
+            await asyncio.wait([self.room], timeout=client_timeout)
+            if self.room is not None and self.transport.get_write_buffer_size() == left:
+                self.transport.abort()
+        self.sent_at = loop.time()
+
+    async def finish(self, tail):
+        """Envia o fim da resposta e fecha a conexão, quando o cliente o tiver lido.
+
+        Argumentos:
+            tail (bytes): últimas linhas.
+        """
+        # De uma vez: dois envios acordariam o cliente duas vezes.
+        self.transport.write(self.frame(tail) + (last_chunk if self.is_chunked else b""))
+        with contextlib.suppress(OSError):
+            self.transport.write_eof()
+        while not self.transport.is_closing():
+            left = self.transport.get_write_buffer_size()
+            self.room = loop.create_future()
+            await asyncio.wait([self.room], timeout=client_timeout if left else closing_patience)
+            if self.transport.get_write_buffer_size() == left:
+                self.transport.abort()
+
+
+class stream:
+    """A resposta de um cliente, da submissão da tarefa ao fim do streaming."""
+
+    __slots__ = ("accepted", "client", "handed", "is_late", "is_noticed", "last_line", "reason", "runner", "sequence",
+                 "tail", "task", "timer", "waiter")
+
+    def __init__(self, asked):
+        """Prepara o stream, na thread da requisição.
+
+        Argumentos:
+            asked (task): a tarefa do cliente.
+        """
+        self.task = asked
+        self.client = client(self)
+        # O que a thread espera, a aceitação da tarefa ou uma refusal; None depois da entrega.
+        self.accepted = concurrent.futures.Future()
+        # O que a corrotina espera da thread, o socket e o cabeçalho da resposta; None depois.
+        self.handed = None
+        # A corrotina; por que ela acaba; as últimas linhas, ainda por enviar.
+        self.runner, self.reason, self.tail = None, None, b""
+        # Número da próxima retirada, que a torna repetível.
+        self.sequence = 1
+        # O Redis avisou depois da última retirada; o futuro que o aviso acorda.
+        self.is_noticed, self.waiter = False, None
+        # O próximo prazo, se MAXTIME já se esgotou, e de quando ele conta.
+        self.timer, self.is_late, self.last_line = None, False, asked.started
+
+    # -- chamados no laço, por quem submete, entrega, avisa ou encerra ---------
+
+    def begin(self):
+        """Começa a corrotina do stream."""
+        self.handed = loop.create_future()
+        self.runner = loop.create_task(self.run())
+        runners[self.runner] = self
+        self.runner.add_done_callback(runners.pop)
+
+    def adopt(self, connection, head):
+        """Recebe o socket da thread, que o esquece.
+
+        Argumentos:
+            connection (socket.socket): socket do cliente; None se a thread não pôde entregá-lo.
+            head (bytes): cabeçalho da resposta.
+        """
+        if connection is None:
+            self.handed.set_exception(ConnectionAbortedError("o socket não foi entregue"))
+        else:
+            self.handed.set_result((connection, head))
+
+    def wake(self):
+        """Diz que pode haver o que tirar do Redis."""
+        self.is_noticed = True
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def end(self, reason):
+        """Encerra o stream de fora; antes da entrega do socket, só quando ele chegar.
+
+        Argumentos:
+            reason (str): motivo do fim.
+        """
+        if self.reason is None:
+            self.reason = reason
+            if self.client.transport is not None:
+                self.runner.cancel()
+
+    def tick(self):
+        """Cuida dos prazos, que correm seja o que for que a corrotina espere: HEARTBEAT e MAXTIME."""
+        now = loop.time()
+        if self.client.room is not None:
+            # Um cliente lento não faz vencer o prazo de linhas que já estão na lista.
+            self.last_line = self.client.sent_at = now
+        due = self.last_line + MAXTIME / 1000
+        if now >= due:
+            if self.is_late or not link.up.is_set():
+                self.end(ended_timeout)
+                return
+            # Um processo que esteve parado pode ter a linha à espera: uma última consulta, com prazo.
+            self.is_late, due = True, now + last_take_patience
+            self.wake()
+        elif HEARTBEAT:
+            if now >= self.client.sent_at + HEARTBEAT / 1000:
+                self.client.transport.write(self.client.frame(HEARTBEAT_LINE + b"\n"))
+                self.client.sent_at = now
+            due = min(due, self.client.sent_at + HEARTBEAT / 1000)
+        self.timer = loop.call_at(due, self.tick)
+
+    # -- a corrotina -------------------------------------------------------------
+
+    async def run(self):
+        """Atende o cliente até o fim, venha ele de onde vier; é aqui que toda tarefa acaba."""
+        try:
+            await self.submit()
+            await self.receive_socket()
+            self.tick()
+            if self.reason is None:
+                self.reason = await self.relay()
+        except asyncio.CancelledError:
+            # Quem cancelou já disse o motivo, em end.
+            pass
+        except OSError:
+            self.reason = ended_client
+        except refusal as error:
+            self.reason = ended_error
+            self.accepted.set_exception(error)
+        except Exception as error:
+            self.reason, self.tail = ended_error, self.explain(error)
+            if self.accepted is not None and not self.accepted.done():
+                self.accepted.set_exception(error)
+        finally:
+            self.leave()
+        if self.client.transport is not None:
+            if self.reason == ended_client:
+                self.client.transport.abort()
+            else:
+                await self.client.finish(self.tail)
+        # Um apontaria para o outro até que o coletor de lixo, raro, os achasse.
+        self.client = None
+
+    async def receive_socket(self):
+        """Espera que a thread entregue o socket, e envia o cabeçalho.
+
+        Levanta:
+            OSError: se ela não pôde entregá-lo, ou se o cliente já saiu.
+        """
+        connection, head = await self.handed
+        # Quem espera em silêncio não precisa mais disto, e são muitos.
+        self.accepted = self.handed = None
+        # O sistema guardaria 4 MB para quem não lê, e por eles um leitor lento pareceria parado.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+        await loop.connect_accepted_socket(lambda: self.client, connection)
+        self.client.transport.write(head)
+
+    async def submit(self):
+        """Grava e publica a tarefa, e diz à thread que ela foi aceita.
+
+        Levanta:
+            refusal: se não há lugar, ou se o Redis não atende ou recusa.
+        """
+        if gate.is_closed:
+            raise refusal(503, "shutdown", "o serviço está parando")
+        if len(live) >= gate.limit:
+            limit = plural(gate.limit, "stream simultâneo", "streams simultâneos")
+            raise refusal(503, "too_many_streams", f"o limite de {limit} foi atingido")
+        live[self] = None
+        unavailable = refusal(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
+        if not await redis_ping():
+            raise unavailable
+        key = self.task.key
+        # Antes da gravação: um worker veloz já empurra enquanto a resposta dela volta.
+        names[key] = names[self.task.list] = self
+        queued = [("RPUSH", REDIS_QUEUE, key)] if REDIS_QUEUE else []
+        try:
+            # Uma transação: se o SET for recusado, nada é publicado nem entra na fila.
+            replies = await link.send(("MULTI",), ("SET", key, self.task.payload, "EX", REDIS_TTL), *queued,
+                                      ("PUBLISH", REDIS_CHANNEL, key), ("EXEC",))
+        except redis_failures:
+            raise unavailable from None
+        self.task.payload = b""
+        # Dentro da transação, só a fila pode falhar: não é uma lista.
+        error = first_error(replies) or first_error(replies[-1])
+        if error is not None:
+            warn_rarely(f"o Redis recusou uma tarefa: {redis_words(error)}")
+            raise refusal(500, "redis_error", f"o Redis recusou a tarefa: {redis_words(error)}")
+        if replies[-1][-1] == 0 and not REDIS_QUEUE:
+            log.warning("tarefa=%s ninguém ouve o canal %s: a tarefa espera por um worker", self.task.name, REDIS_CHANNEL)
+            if meter is not None:
+                meter.unheard.inc()
+        self.accepted.set_result(None)
+
+    async def relay(self):
+        """Tira as linhas do Redis e as envia, até o fim: o laço da especificação.
+
+        Retorna:
+            str: motivo do fim; as últimas linhas ficam em tail.
+        Levanta:
+            redis.ResponseError, task_key_error: se o Redis recusa a consulta ou a chave não serve.
+        """
+        while True:
+            if not self.is_noticed:
+                self.waiter = loop.create_future()
+                await self.waiter
+            self.is_noticed = False
+            kind, elements = await self.take()
+            if elements:
+                self.sequence += 1
+                chunk, lines, skipped, is_word = join_lines(elements)
+                self.client.count(chunk, lines, skipped)
+                if is_word or kind == b"none":
+                    self.tail = chunk
+                    return ended_word if is_word else ended_done
+                self.is_noticed = True
+                if chunk:
+                    await self.client.send(chunk)
+                self.is_late, self.last_line = False, loop.time()
+                if PAUSE:
+                    await asyncio.sleep(PAUSE / 1000)
+            elif kind == b"none":
+                return ended_done
+            elif kind not in (b"string", b"list"):
+                raise task_key_error(
+                    f"a chave da tarefa foi trocada por um valor do tipo {kind.decode()}: só se aceita uma lista")
+            elif self.is_late:
+                return ended_timeout
+
+    async def take(self):
+        """Tira as próximas linhas e vê, no mesmo passo, se a chave da tarefa existe.
+
+        Retorna:
+            tuple: (tipo da chave em bytes, none se ela e as linhas acabaram; lista de elementos).
+        Levanta:
+            redis.ResponseError: se o Redis recusa.
+        """
+        key, most = self.task.key, 1 if PAUSE else take_lines
+        while True:
+            # Uma queda pode trocar o começo: o comando é escrito de novo a cada tentativa.
+            await link.up.wait()
+            if not link.take_head:
+                break
+            command = b"*10\r\n" + link.take_head + pack_words(
+                key, self.task.list, self.task.taken, self.sequence, most, take_bytes, REDIS_TTL)
+            with contextlib.suppress(*redis_failures):
+                reply, = await link.send(command)
+                if isinstance(reply, Exception):
+                    raise reply
+                return reply
+        for source in (self.task.list, key):
+            *_, reply = await link.insist(("MULTI",), ("TYPE", key), ("LPOP", source), ("EXEC",))
+            if error := first_error([reply]) or first_error(reply):
+                raise error
+            kind, line = reply
+            if line is not None:
+                # Só a próxima consulta dirá se a lista se esvaziou.
+                return b"more", [line]
+            if kind != b"list":
+                break
+        return kind, []
+
+    def explain(self, error):
+        """Registra um fim por erro e o escreve para o cliente.
+
+        Argumentos:
+            error (Exception): recusa do Redis, chave que não serve ou defeito nosso.
+        Retorna:
+            bytes: a última linha.
+        """
+        if isinstance(error, task_key_error | redis.ResponseError):
+            message = str(error)
+            if not isinstance(error, task_key_error):
+                message = f"o Redis recusou a consulta: {redis_words(error)}"
+            log.warning("tarefa=%s %s", self.task.name, message)
+            return error_line("redis_error", message)
+        log.error("tarefa=%s falha interna: %s: %s", self.task.name, type(error).__name__, error)
+        log.debug("tarefa=%s falha interna", self.task.name, exc_info=True)
+        return error_line("internal", "falha interna do proxy")
+
+    def leave(self):
+        """Devolve o lugar, manda apagar as chaves, conta a última linha e registra o fim."""
+        if self.timer is not None:
+            self.timer.cancel()
+        live.pop(self, None)
+        asked, sent = self.task, self.client
+        if names.pop(asked.key, None) is None:
+            return
+        del names[asked.list]
+        removals.append((asked.key, asked.list, asked.taken))
+        has_removals.set()
+        gate.served += 1
+        if self.reason in (ended_timeout, ended_shutdown):
+            self.tail = MAXTIME_ERROR + b"\n" if self.reason == ended_timeout else error_line("shutdown")
+        if self.reason in (ended_timeout, ended_shutdown, ended_error):
+            sent.count(self.tail, len(self.tail) > 0, is_ours=True)
+        now = loop.time()
+        if meter is not None and sent.transport is not None:
+            meter.ends[self.reason].inc()
+            meter.duration.observe(now - asked.started)
         log.info(
-            "tarefa=%s cliente=%s metodo=%s caminho=%s fim=%s linhas=%d bytes=%d primeira_ms=%s duracao_ms=%d",
-            self.name, self.client, self.method, self.path, self.reason, self.lines, self.bytes, first,
-            round(duration * 1000),
+            "tarefa=%s cliente=%s metodo=%s caminho=%s fim=%s linhas=%d bytes=%d puladas=%d primeira_ms=%s duracao_ms=%d",
+            asked.name, asked.client, asked.method, asked.path, self.reason, sent.lines, sent.bytes, sent.skipped,
+            "-" if sent.first_at is None else round((sent.first_at - asked.started) * 1000),
+            round((now - asked.started) * 1000),
         )
 
 
-def frame(chunk, is_chunked):
-    """Dá a um trecho a forma em que ele vai no socket.
+def hear_changes(keys):
+    """Acorda os streams de que falam os avisos do Redis.
 
     Argumentos:
-        chunk (bytes): trecho com linhas inteiras, não vazio.
-        is_chunked (bool): verdadeiro em HTTP/1.1, cuja resposta vai em chunks.
+        keys (list[bytes]): chaves que mudaram, nossas, já encerradas ou de outro proxy no mesmo Redis.
+    """
+    for key in keys:
+        owner = names.get(key)
+        if owner is not None:
+            owner.wake()
+        elif len(strangers) < most_strangers and not key.endswith(b":taken"):
+            strangers.add(key)
+
+
+# =============================================================================
+# Deveres do laço, cada um uma corrotina
+# =============================================================================
+
+# Com avisos, quantos streams a rede examina a cada INTERVAL; sem eles, todos.
+net_size = 1
+# Streams ou chaves de um só comando ou grupo: mais seguraria o Redis e os outros.
+slice_size = 500
+# Informe ao systemd, em segundos (WatchdogSec é 30); exame das listas sem dono e dos prazos das requisições.
+status_interval = 5.0
+strangers_interval = 5.0
+sweep_interval = 0.25
+# Espera, em segundos, para pedir de novo que se apaguem as chaves que o Redis recusou apagar.
+removal_retry = 2.0
+# Passo, em segundos, da procura pelo que ficou de proxies mortos, e o que se olha em um passo.
+dead_pause = 0.02
+dead_keys = 1000
+dead_queued = 200
+# As corrotinas dos deveres, que o asyncio só referencia fracamente.
+duties = set()
+
+
+def take_up(duty):
+    """Põe um dever a rodar; um defeito nosso é registrado, e ele recomeça.
+
+    Argumentos:
+        duty (callable): função sem argumentos que devolve a corrotina.
+    """
+    async def keep_doing():
+        """Roda o dever até que ele acabe por si."""
+        while True:
+            try:
+                await duty()
+                return
+            except Exception as error:
+                log.error("falha interna em %s: %s: %s", duty, type(error).__name__, error)
+                log.debug("falha interna", exc_info=True)
+                await asyncio.sleep(1)
+
+    duties.add(made := loop.create_task(keep_doing()))
+    made.add_done_callback(duties.discard)
+
+
+def slices(items):
+    """Divide uma coleção em fatias.
+
+    Argumentos:
+        items (iterable): o que dividir; copiado antes, pois pode mudar enquanto se espera.
     Retorna:
-        bytes: o trecho, com o tamanho à frente se vai em chunks.
+        list[list]: fatias de até slice_size itens.
     """
-    return b"%x\r\n%b\r\n" % (len(chunk), chunk) if is_chunked else chunk
+    items = list(items)
+    return [items[start:start + slice_size] for start in range(0, len(items), slice_size)]
 
 
-def send_some(connection, data):
-    """Envia a um cliente o que couber sem esperar.
+async def keep_link():
+    """Mantém a conexão com o Redis: prova que ela vive, percebe a queda e a reabre."""
+    failures, ping_at = 0, loop.time() + idle_ping
+    while True:
+        while not link.lost.done():
+            await asyncio.wait([link.lost], timeout=redis_timeout / 4)
+            now = loop.time()
+            if now >= ping_at and not live:
+                ping_at = now + idle_ping
+                link.send(("PING",))
+            if link.pending and now > max(link.pending[0].sent_at, link.moved_at) + redis_timeout:
+                link.lose(redis.TimeoutError("sem resposta do Redis"))
+        tell_down(link.lost.result())
+        while not link.up.is_set():
+            link.hurry.clear()
+            if failures:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(link.hurry.wait(), min(1.0, 0.05 * 2 ** min(failures - 1, 5)))
+            try:
+                await link.open()
+            except (redis.RedisError, OSError, RuntimeError) as error:
+                failures += 1
+                tell_down(error)
+            attempt, link.attempt = link.attempt, loop.create_future()
+            attempt.set_result(None)
+        link.is_down = False
+        log.info("Redis de volta")
+        if meter is not None:
+            meter.returns.inc()
+        tell_systemd()
+        take_up(catch_up)
+        await asyncio.wait([link.lost], timeout=1.0)
+        # Uma recusa que dura seria achada de novo logo depois de reabrir; um corte, não.
+        is_refused = link.lost.done() and isinstance(link.lost.result(), redis_refusals)
+        failures = failures + 1 if is_refused else int(link.lost.done())
+
+
+def tell_down(error):
+    """Registra a queda da conexão, e a causa se ela muda para uma recusa.
 
     Argumentos:
-        connection (socket.socket): conexão com o cliente.
-        data (bytes): bytes a enviar.
-    Retorna:
-        bytes: o resto, que não coube.
-    Levanta:
-        OSError: se o cliente saiu.
+        error (Exception): a causa.
     """
-    try:
-        return data[connection.send(data, socket.MSG_DONTWAIT):]
-    except BlockingIOError:
-        return data
+    words = reason(error)
+    if not link.is_down:
+        link.is_down = True
+        log.warning("Redis fora do ar: %s", words)
+        tell_systemd()
+        if meter is not None:
+            meter.cuts.inc()
+    elif words not in link.told and isinstance(error, redis_refusals):
+        # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
+        log.warning("Redis ainda fora do ar: %s", words)
+    link.told = words
 
 
-def send_all(connection, data):
-    """Envia tudo a um cliente, esperando que ele leia.
+async def examine(part):
+    """Acorda os streams que têm o que buscar: linha na lista, tarefa apagada ou trocada por uma lista.
 
     Argumentos:
-        connection (socket.socket): conexão com o cliente, com um prazo do sistema.
-        data (bytes): bytes a enviar.
-    Levanta:
-        OSError: se o cliente saiu ou não lê há client_timeout segundos.
+        part (list[stream]): streams a examinar.
     """
-    try:
-        connection.sendall(data)
-    except BlockingIOError:
-        raise TimeoutError("o cliente não lê a resposta") from None
+    commands = [(("TYPE", each.task.key), ("EXISTS", each.task.list)) for each in part]
+    replies = await link.insist(*itertools.chain.from_iterable(commands))
+    for each, kind, lines in zip(part, replies[::2], replies[1::2], strict=True):
+        if kind != b"string" or lines != 0:
+            each.wake()
 
 
-def error_line(code, message=""):
-    """Monta uma linha de erro dentro do streaming.
+async def cast_net():
+    """Procura, a cada INTERVAL, o que nenhum aviso disse: alguns streams em rodízio, ou todos se não há avisos."""
+    while True:
+        due = loop.time() + INTERVAL / 1000
+        await asyncio.sleep(INTERVAL / 1000)
+        if meter is not None:
+            meter.lag.observe(max(0.0, loop.time() - due))
+        part = list(itertools.islice(live, net_size if link.is_tracked else None))
+        for each in part:
+            live[each] = live.pop(each)
+        for some in slices(part):
+            await examine(some)
+
+
+async def renew_keys():
+    """Renova a validade das chaves dos streams vivos, que sobrevive a este processo."""
+    while True:
+        await asyncio.sleep(REDIS_TTL / 3)
+        for part in slices(live):
+            # Quem espera tem a lista vazia, e uma lista vazia não existe.
+            keys = [each.task.key for each in part] + [each.task.list for each in part if each.is_noticed]
+            replies = await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in keys])
+            if error := first_error(replies):
+                warn_rarely(f"o Redis não renovou a validade das chaves: {reason(error)}")
+            # NOLOOP cala a mudança de uma chave que nós também mudamos no mesmo instante, e EXPIRE é mudar.
+            await examine(part)
+
+
+async def remove_keys():
+    """Apaga as chaves das tarefas encerradas, e as tira da fila."""
+    while True:
+        await has_removals.wait()
+        part = list(itertools.islice(removals, slice_size))
+        keys = itertools.chain.from_iterable(part)
+        # Sair da fila a cada fim a mantém do tamanho do que está vivo: é o que torna barato o LREM.
+        queued = [("LREM", REDIS_QUEUE, 1, key) for key, _, _ in part] if REDIS_QUEUE else []
+        replies = await link.insist(("UNLINK", *keys), *queued)
+        if isinstance(replies[0], Exception):
+            warn_rarely(f"o Redis não apagou as chaves das tarefas: {reason(replies[0])}")
+            await asyncio.sleep(removal_retry)
+            continue
+        if error := first_error(replies):
+            warn_rarely(f"REDIS_QUEUE: as tarefas mortas não saem da fila: {reason(error)}")
+        for _ in part:
+            removals.popleft()
+        if not removals:
+            has_removals.clear()
+
+
+async def expire_strangers():
+    """Dá validade às listas sem dono de que o Redis falou: um worker que empurra depois do fim as recria."""
+    while True:
+        await asyncio.sleep(strangers_interval)
+        found = list(strangers)
+        strangers.clear()
+        for part in slices(found):
+            await expire_lone(part)
+
+
+async def expire_lone(keys):
+    """Dá a validade REDIS_TTL às listas que não têm nenhuma.
+
+    A de um stream vivo de outro proxy não corre perigo: o dono dela a renova.
 
     Argumentos:
-        code (str): código do erro, para programas.
-        message (str): frase em português, para pessoas; vazia é omitida.
-    Retorna:
-        bytes: objeto JSON com error e message, terminado em LF.
+        keys (list[bytes]): nomes com os nossos prefixos.
     """
-    content = {"error": code, "message": message} if message else {"error": code}
-    return json.dumps(content, ensure_ascii=False).encode() + b"\n"
+    replies = await link.insist(*[command for key in keys for command in (("TYPE", key), ("TTL", key))])
+    found = zip(keys, replies[::2], replies[1::2], strict=True)
+    lone = [key for key, kind, ttl in found if kind == b"list" and ttl == -1 and key not in names]
+    await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in lone])
+
+
+async def catch_up():
+    """Procura, uma vez por conexão, o que mudou sem aviso, e o que proxies mortos deixaram."""
+    for part in slices(live):
+        await examine(part)
+    await look_for_dead()
+
+
+async def look_for_dead():
+    """Dá validade às listas sem nenhuma e tira da fila as tarefas mortas."""
+    prefixes = (REDIS_LIST_PREFIX.encode(), REDIS_PREFIX.encode())
+    # Uma volta só para as duas formas de lista: o que custa é percorrer o banco.
+    pattern = re.sub(r"([*?\[\]\\])", r"\\\1", os.path.commonprefix([REDIS_LIST_PREFIX, REDIS_PREFIX])) + "*"
+    cursor = None
+    while cursor != b"0":
+        reply, = await link.insist(("SCAN", cursor or 0, "MATCH", pattern, "COUNT", dead_keys, "TYPE", "list"))
+        if isinstance(reply, Exception):
+            warn_rarely(f"as listas órfãs não são procuradas: {reason(reply)}")
+            break
+        cursor, found = reply
+        await expire_lone([key for key in found if key.startswith(prefixes) and key not in names])
+        await asyncio.sleep(dead_pause)
+    start, found = 0, [b""] * dead_queued * bool(REDIS_QUEUE)
+    while len(found) == dead_queued:
+        found, = await link.insist(("LRANGE", REDIS_QUEUE, start, start + dead_queued - 1))
+        if isinstance(found, Exception):
+            warn_rarely(f"REDIS_QUEUE: as tarefas mortas não são procuradas na fila: {reason(found)}")
+        if not found or isinstance(found, Exception):
+            break
+        exist = await link.insist(*[("EXISTS", key) for key in found])
+        # Do que não é tarefa, posto ali por outro programa, a falta da chave nada diz.
+        dead = [key for key, count in zip(found, exist, strict=True) if count == 0 and key.startswith(prefixes[1])]
+        await link.insist(*[("LREM", REDIS_QUEUE, 1, key) for key in dead])
+        start += len(found) - len(dead)
+        await asyncio.sleep(dead_pause)
+
+
+def tell_systemd():
+    """Informa o estado ao systemd e alimenta o vigia (WatchdogSec): se o laço travar, o serviço recomeça."""
+    state = "fora do ar" if link.is_down else "no ar"
+    notify_systemd(f"WATCHDOG=1\nSTATUS=Redis {state}; streams vivos: {len(live)}; tarefas atendidas: {gate.served}")
+
+
+async def keep_systemd_informed():
+    """Informa o systemd de tempos em tempos, se há um."""
+    while "NOTIFY_SOCKET" in os.environ:
+        tell_systemd()
+        await asyncio.sleep(status_interval)
+
+
+async def sweep_late():
+    """Deixa de ler as requisições cujo prazo venceu, mesmo as que chegam a um byte por segundo."""
+    while True:
+        await asyncio.sleep(sweep_interval)
+        now = time.monotonic()
+        for connection, due in list(arrivals.items()):
+            if due <= now and arrivals.pop(connection, None) is not None:
+                # Quem espera pelo resto da requisição lê o fim dela.
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)
 
 
 # =============================================================================
@@ -3376,82 +2412,48 @@ def error_line(code, message=""):
 # =============================================================================
 
 stream_methods = ("GET", "POST", "PUT", "PATCH", "DELETE")
-allow_header = ", ".join((*stream_methods, "HEAD", "OPTIONS"))
-line_types = ("application/x-ndjson", "application/json-lines", "application/jsonl")
+all_methods = (*stream_methods, "HEAD", "OPTIONS")
 read_size = 65536
-retry_later = [("Retry-After", "5")]
-ask_token = [("WWW-Authenticate", "Bearer")]
+# Espera máxima, em segundos, de uma thread pela resposta do laço.
+answer_timeout = 5.0
+error_codes = {
+    400: ("bad_request", "a requisição não é válida"),
+    401: ("unauthorized", "falta um token válido no cabeçalho Authorization: Bearer"),
+    405: ("method_not_allowed", f"método não atendido; use {', '.join(all_methods)}"),
+    408: ("request_timeout", "a requisição não chegou inteira a tempo"),
+    413: ("body_too_large", "o corpo da requisição passa do limite permitido"),
+    414: ("uri_too_long", "o endereço pedido é longo demais"),
+    431: ("headers_too_large", "os cabeçalhos da requisição passam do limite permitido"),
+    500: ("internal", "falha interna do proxy"),
+    501: ("not_implemented", "a requisição usa um recurso que o servidor não atende"),
+    505: ("version_not_supported", "versão do HTTP não atendida"),
+}
+# Cabeçalhos que acompanham um status, seja quem for que o envie.
+error_headers = {
+    401: [("WWW-Authenticate", "Bearer")],
+    405: [("Allow", ", ".join(all_methods))],
+    503: [("Retry-After", "5")],
+}
 
 
-class application(flask.Flask):
-    """Aplicação de um só destino, sem o roteador e os contextos do Flask.
-
-    Servem a rotas, sessões e extensões, que aqui não há, e custariam mais que a tarefa.
-    """
-
-    def wsgi_app(self, environ, start_response):
-        """Atende uma requisição.
-
-        Argumentos:
-            environ (dict): ambiente WSGI.
-            start_response (callable): função do WSGI.
-        Retorna:
-            iterable: trechos de bytes da resposta.
-        """
-        # O ambiente que apontasse para a requisição, que aponta para ele, ficaria para o
-        # coletor de lixo.
-        request = flask.Request(environ, populate_request=False)
-        try:
-            response = dispatch(request)
-        except Exception as error:
-            response = exception_response(error)
-        # O cabeçalho Server é do servidor HTTP, que o enviaria de novo se saísse também daqui.
-        response.headers["X-Author"] = author
-        response.headers.extend(cors_headers(request.headers.get("Origin")))
-        return response(environ, start_response)
+app = flask.Flask(program, static_folder=None)
+plain_app = app.wsgi_app
 
 
-app = application(program, static_folder=None)
-
-
-class stream_response(flask.Response):
-    """Resposta cujos cabeçalhos saem antes da primeira linha."""
-
-    def __call__(self, environ, start_response):
-        """Envia os cabeçalhos e devolve o corpo.
-
-        Argumentos:
-            environ (dict): ambiente WSGI.
-            start_response (callable): função do WSGI.
-        Retorna:
-            iterable: trechos de bytes da resposta.
-        """
-        body, status, headers = self.get_wsgi_response(environ)
-        try:
-            # write(b"") vale nos dois servidores; o waitress, sozinho, só os
-            # enviaria com a primeira linha.
-            start_response(status, headers)(b"")
-        except BaseException:
-            # Sem iterador o servidor não chama close().
-            self.close()
-            raise
-        return body
-
-
-def error_response(status, code, message, headers=()):
-    """Monta uma resposta de erro.
+def route_as_sent(environ, start_response):
+    """Mostra ao roteador só o que ele deve distinguir: juntaria barras e decodificaria o caminho.
 
     Argumentos:
-        status (int): status HTTP.
-        code (str): código do erro, para programas.
-        message (str): frase em português, para pessoas.
-        headers (list): pares de cabeçalhos adicionais.
+        environ (dict): ambiente WSGI; o worker recebe o alvo de REQUEST_URI.
+        start_response (callable): função do WSGI.
     Retorna:
-        flask.Response: corpo JSON {"error", "message"}.
+        iterable: trechos de bytes da resposta.
     """
-    if meter is not None:
-        meter.note_refusal(status, code)
-    return flask.Response(error_line(code, message), status, headers, content_type="application/json")
+    environ["PATH_INFO"] = "/ping" if request_target(environ)[0] == "/ping" else "/"
+    return plain_app(environ, start_response)
+
+
+app.wsgi_app = route_as_sent
 
 
 def cors_headers(origin):
@@ -3476,74 +2478,105 @@ def cors_headers(origin):
     ]
 
 
-def options_response(request):
-    """Responde a OPTIONS, sem criar tarefa; atende a consulta prévia do CORS.
+def error_parts(status, code=None, message=None):
+    """Monta um erro, venha ele da aplicação ou do servidor HTTP, e o conta.
 
     Argumentos:
-        request (flask.Request): requisição.
+        status (int): status HTTP.
+        code (str): código do erro; sem ele, o do status.
+        message (str): frase em português; sem ela, a do status.
     Retorna:
-        flask.Response: 204 sem corpo.
+        tuple: (corpo em bytes; lista de pares de cabeçalhos, com o tipo do corpo).
     """
-    response = flask.Response(status=204, headers=[("Allow", allow_header)])
-    del response.headers["Content-Type"]
-    asked = request.headers.get("Access-Control-Request-Method")
-    if asked and any(name == "Access-Control-Allow-Origin" for name, _ in cors_headers(request.headers.get("Origin"))):
-        response.headers["Access-Control-Allow-Methods"] = ", ".join(stream_methods)
-        wanted = request.headers.get("Access-Control-Request-Headers")
-        if wanted:
-            response.headers["Access-Control-Allow-Headers"] = wanted
-        if request.headers.get("Access-Control-Request-Private-Network") == "true":
-            response.headers["Access-Control-Allow-Private-Network"] = "true"
-        response.headers["Access-Control-Max-Age"] = "600"
+    if code is None:
+        code, message = error_codes.get(status, error_codes[400 if status < 500 else 500])
+    if meter is not None:
+        meter.refusals.labels(str(status), code).inc()
+    return error_line(code, message), [
+        ("Content-Type", "application/json; charset=utf-8"), *error_headers.get(status, []),
+    ]
+
+
+@app.errorhandler(Exception)
+def refuse(error):
+    """Transforma qualquer exceção em um erro JSON.
+
+    Argumentos:
+        error (Exception): refusal, exceção HTTP ou defeito nosso.
+    Retorna:
+        flask.Response: corpo JSON {"error", "message"}.
+    """
+    if isinstance(error, refusal):
+        status, parts = error.status, error_parts(error.status, error.code, error.message)
+    else:
+        status = getattr(error, "code", None)
+        if not isinstance(error, werkzeug.exceptions.HTTPException) or status not in error_codes:
+            log.error("falha interna ao atender uma requisição: %s: %s", type(error).__name__, error)
+            log.debug("falha interna ao atender uma requisição", exc_info=True)
+            status = 500
+        parts = error_parts(status)
+    return flask.Response(parts[0], status, parts[1])
+
+
+@app.after_request
+def sign(response):
+    """Completa qualquer resposta da aplicação; o cabeçalho Server é do servidor HTTP.
+
+    Argumentos:
+        response (flask.Response): a resposta.
+    Retorna:
+        flask.Response: a mesma, com X-Author e CORS.
+    """
+    response.headers["X-Author"] = author
+    response.headers.extend(cors_headers(flask.request.headers.get("Origin")))
+    close_after(flask.request.environ)
     return response
 
 
-def is_authorized(environ):
-    """Confere o token de uma requisição.
+@app.before_request
+def admit():
+    """Atende OPTIONS, sem criar tarefa, e recusa quem não traz um token válido.
 
-    Argumentos:
-        environ (dict): ambiente WSGI.
     Retorna:
-        bool: verdadeiro se o token é um dos de AUTH_TOKEN, ou se nenhum é exigido.
+        flask.Response: 204 para OPTIONS, com a consulta prévia do CORS; None se a requisição segue.
+    Levanta:
+        werkzeug.exceptions.HTTPException: 401.
     """
-    if not AUTH_TOKEN:
-        return True
-    scheme, _, token = environ.get("HTTP_AUTHORIZATION", "").strip().partition(" ")
-    given = token.strip().encode("latin-1", "replace")
-    # Todos são comparados, e por inteiro: o tempo da resposta não diz quanto se acertou.
-    found = sum(hmac.compare_digest(given, allowed) for allowed in AUTH_TOKEN)
-    return scheme.lower() == "bearer" and found > 0
+    request = flask.request
+    if request.method == "OPTIONS":
+        response = flask.Response(status=204, headers=error_headers[405])
+        del response.headers["Content-Type"]
+        asked = request.headers.get("Access-Control-Request-Method")
+        if asked and len(cors_headers(request.headers.get("Origin"))) > 1:
+            response.headers["Access-Control-Allow-Methods"] = ", ".join(stream_methods)
+            response.headers["Access-Control-Max-Age"] = "600"
+            if wanted := request.headers.get("Access-Control-Request-Headers"):
+                response.headers["Access-Control-Allow-Headers"] = wanted
+            if request.headers.get("Access-Control-Request-Private-Network") == "true":
+                response.headers["Access-Control-Allow-Private-Network"] = "true"
+        return response
+    if AUTH_TOKEN and request.path != "/ping":
+        scheme, _, token = request.headers.get("Authorization", "").strip().partition(" ")
+        given = token.strip().encode("latin-1", "replace")
+        # Todos são comparados, e por inteiro: o tempo da resposta não diz quanto se acertou.
+        found = sum(hmac.compare_digest(given, allowed) for allowed in AUTH_TOKEN)
+        if scheme.lower() != "bearer" or not found:
+            sender = client_address(request.environ)
+            warn_rarely(f"requisição sem um AUTH_TOKEN válido recusada: cliente={sender}", "AUTH_TOKEN")
+            raise werkzeug.exceptions.Unauthorized()
+    return None
 
 
-def refuse_unauthorized(request):
-    """Responde a uma requisição sem um token válido, cujo corpo nem é lido.
-
-    Argumentos:
-        request (flask.Request): requisição.
-    Retorna:
-        flask.Response: erro 401.
-    """
-    tell_unauthorized(request.environ)
-    return error_response(401, *error_codes[401], ask_token)
-
-
-def tell_unauthorized(environ):
-    """Registra uma requisição sem um token válido.
-
-    Argumentos:
-        environ (dict): ambiente WSGI.
-    """
-    rare.tell(f"requisição sem um AUTH_TOKEN válido recusada: cliente={client_address(environ)}", "AUTH_TOKEN")
-
-
-def ping_response():
-    """Responde a /ping.
+@app.route("/ping", methods=all_methods, provide_automatic_options=False)
+def ping():
+    """Testa o Redis.
 
     Retorna:
         flask.Response: 200 "pong" se o Redis respondeu; senão 500, em texto.
     """
-    if redis_ping():
-        return flask.Response("pong", content_type="text/plain; charset=utf-8")
+    with contextlib.suppress(TimeoutError):
+        if asyncio.run_coroutine_threadsafe(redis_ping(), loop).result(answer_timeout):
+            return flask.Response("pong", content_type="text/plain; charset=utf-8")
     return flask.Response("o Redis não respondeu", 500, content_type="text/plain; charset=utf-8")
 
 
@@ -3559,10 +2592,10 @@ def read_body(request):
         chegar em REQUEST_TIMEOUT; 400 se não chegar inteiro ou tiver um chunk
         inválido.
     """
+    connection = client_socket(request.environ)
     if (request.content_length or 0) > MAX_BODY:
         raise werkzeug.exceptions.RequestEntityTooLarge()
     parts, size = [], 0
-    handler = request.environ.get("ndjson.handler")
     try:
         # request.stream não passa pelos formulários, que esvaziariam o corpo.
         while part := request.stream.read(read_size):
@@ -3571,492 +2604,228 @@ def read_body(request):
                 raise werkzeug.exceptions.RequestEntityTooLarge()
             parts.append(part)
     except (OSError, werkzeug.exceptions.BadRequest) as error:
-        if handler is not None and handler.is_late:
-            raise werkzeug.exceptions.RequestTimeout() from error
-        raise werkzeug.exceptions.BadRequest() from error
-    if handler is not None and not handler.received():
+        late = werkzeug.exceptions.RequestTimeout()
+        raise werkzeug.exceptions.BadRequest() if connection in arrivals else late from error
+    # Quem a varredura já tirou daqui não chegou a tempo.
+    if arrivals.pop(connection, None) is None:
         raise werkzeug.exceptions.RequestTimeout()
+    arrivals[connection] = math.inf
     return b"".join(parts)
 
 
-def head_response(request):
-    """Monta a resposta de streaming ainda sem corpo.
+def response_head(status, fields, minor=1):
+    """Escreve o cabeçalho de uma resposta que sai pelo laço.
+
+    Argumentos:
+        status (int): status HTTP.
+        fields (list): pares de cabeçalhos.
+        minor (int): 1 em HTTP/1.1, 0 em HTTP/1.0.
+    Retorna:
+        bytes: da linha de status à linha em branco.
+    """
+    fields = [("Server", SERVERNAME), ("Date", email.utils.formatdate(usegmt=True)), *fields, ("Connection", "close")]
+    rows = [f"HTTP/1.{minor} {status} {http.HTTPStatus(status).phrase}", *[f"{name}: {value}" for name, value in fields]]
+    return "\r\n".join([*rows, "", ""]).encode("latin-1")
+
+
+def choose_type(request):
+    """Escolhe o tipo do streaming; nunca 406, que um cliente não saberia tratar.
 
     Argumentos:
         request (flask.Request): requisição.
     Retorna:
-        stream_response: 200 com os cabeçalhos do streaming.
+        str: o tipo de linhas que Accept prefere; application/json se ele só admite esse, pois uma
+        resposta de uma linha é JSON; senão CONTENT_TYPE.
     """
-    # Vêm em ordem de preferência; nunca 406, que um cliente não saberia tratar.
-    chosen = line_types[0]
-    if "json" in request.headers.get("Accept", "").lower():
-        named = (value.partition(";")[0].strip().lower() for value, quality in request.accept_mimetypes if quality)
-        chosen = next((name for name in named if name in line_types), chosen)
-    return stream_response(content_type=chosen, headers=[
+    named = [value.partition(";")[0].strip().lower() for value, quality in request.accept_mimetypes if quality]
+    if chosen := next((name for name in named if name in line_types), None):
+        return chosen
+    admits_all = {"*/*", "application/*"} & set(named)
+    return "application/json" if "application/json" in named and not admits_all else CONTENT_TYPE
+
+
+class stream_response(flask.Response):
+    """Resposta de streaming: seu cabeçalho vai ao laço, com o socket."""
+
+    # O stream aceito; None na resposta a HEAD, que acaba no cabeçalho.
+    owner = None
+
+    def __call__(self, environ, start_response):
+        """Entrega o socket ao laço.
+
+        Argumentos:
+            environ (dict): ambiente WSGI.
+            start_response (callable): função do WSGI.
+        Retorna:
+            iterable: o corpo vazio da resposta a HEAD.
+        Levanta:
+            handed_over: o socket já não é da thread.
+        """
+        if self.owner is None:
+            return super().__call__(environ, start_response)
+        is_chunked = self.owner.task.is_chunked
+        fields = [*self.headers, *[("Transfer-Encoding", "chunked")] * is_chunked]
+        return hand_over(environ, self.owner, response_head(200, fields, int(is_chunked)))
+
+
+@app.route("/", methods=all_methods, provide_automatic_options=False)
+def streaming():
+    """Função principal: atende um cliente, da requisição à entrega do socket ao laço.
+
+    Retorna:
+        stream_response: o streaming.
+    Levanta:
+        refusal, werkzeug.exceptions.HTTPException: um erro com status próprio e corpo JSON.
+    """
+    request = flask.request
+    response = stream_response(content_type=f"{choose_type(request)}; charset=utf-8", headers=[
         ("Cache-Control", "no-cache, no-transform"),
         # O nginx guarda a resposta inteira se não for avisado.
         ("X-Accel-Buffering", "no"),
         ("X-Content-Type-Options", "nosniff"),
     ])
-
-
-def redis_failure(error):
-    """Monta a resposta para uma tarefa que o Redis não recebeu.
-
-    Argumentos:
-        error (Exception): falha da conexão ou recusa do Redis.
-    Retorna:
-        flask.Response: 504 se o Redis não atendeu; 500 se ele recusou.
-    """
-    if isinstance(error, redis.ResponseError) and not is_unable(error):
-        rare.tell(f"o Redis recusou uma tarefa: {redis_words(error)}")
-        return error_response(500, "redis_error", f"o Redis recusou a tarefa: {redis_words(error)}")
-    return error_response(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
-
-
-def stopping_response():
-    """Monta a resposta para quem chega durante a parada.
-
-    Retorna:
-        flask.Response: erro 503.
-    """
-    return error_response(503, "shutdown", "o serviço está parando", retry_later)
-
-
-def start_stream(request, body):
-    """Grava e publica a tarefa e devolve o streaming; o lugar já foi reservado.
-
-    Argumentos:
-        request (flask.Request): requisição.
-        body (bytes): corpo já lido.
-    Retorna:
-        flask.Response: o streaming, ou um erro 500 ou 504.
-    """
-    name = str(uuid.uuid4())
-    client = stream(name, request.environ)
-    hub.submit(client, build_task(name, request, body))
+    if request.method == "HEAD":
+        return response
+    made = stream(task(request, read_body(request)))
+    loop.call_soon_threadsafe(made.begin)
     try:
-        answer = client.answers.get(timeout=answer_timeout)
-    except queue.Empty:
-        answer = redis.TimeoutError("sem resposta do Redis")
-    if not isinstance(answer, int):
-        client.reason = ended_error
-        client.close()
-        return redis_failure(answer) if isinstance(answer, Exception) else stopping_response()
-    if meter is not None:
-        meter.begin(client)
-    if answer == 0 and not REDIS_QUEUE:
-        if meter is not None:
-            meter.note_unheard()
-        log.warning("tarefa=%s ninguém ouve o canal %s: a tarefa espera por um worker", name, REDIS_CHANNEL)
-    response = head_response(request)
-    response.headers["X-Task-Name"] = name
-    response.response = iter(client)
-    # Um gerador que nunca começou não roda o seu finally.
-    response.call_on_close(client.close)
+        made.accepted.result(answer_timeout)
+    except TimeoutError:
+        loop.call_soon_threadsafe(made.adopt, None, b"")
+        raise refusal(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes") from None
+    response.owner = made
+    response.headers["X-Task-Name"] = made.task.name
     return response
 
 
-def streaming(request):
-    """Função principal: atende um cliente, da requisição ao fim do streaming.
-
-    Argumentos:
-        request (flask.Request): requisição.
-    Retorna:
-        flask.Response: o streaming ou um erro com status próprio e corpo JSON.
-    """
-    body = read_body(request)
-    if not gate.enter():
-        if gate.closed:
-            return stopping_response()
-        limit = plural(gate.limit, "stream simultâneo", "streams simultâneos")
-        return error_response(503, "too_many_streams", f"o limite de {limit} foi atingido", retry_later)
-    try:
-        if redis_ping():
-            return start_stream(request, body)
-    except BaseException:
-        gate.leave()
-        raise
-    gate.leave()
-    return redis_failure(redis.TimeoutError("sem resposta ao PING"))
-
-
-def dispatch(request):
-    """Escolhe quem atende, pelo caminho como o cliente o enviou.
-
-    O roteador do Flask não serve aqui: juntaria barras, decodificaria o caminho e
-    responderia por conta própria a HEAD e OPTIONS.
-
-    Argumentos:
-        request (flask.Request): requisição.
-    Retorna:
-        flask.Response: a resposta.
-    """
-    if request.method == "OPTIONS":
-        return options_response(request)
-    if request_target(request.environ)[0] == "/ping":
-        return ping_response()
-    if not is_authorized(request.environ):
-        return refuse_unauthorized(request)
-    if request.method == "HEAD":
-        return head_response(request)
-    return streaming(request)
-
-
-error_codes = {
-    400: ("bad_request", "a requisição não é válida"),
-    401: ("unauthorized", "falta um token válido no cabeçalho Authorization: Bearer"),
-    405: ("method_not_allowed", f"método não atendido; use {allow_header}"),
-    408: ("request_timeout", "a requisição não chegou inteira a tempo"),
-    413: ("body_too_large", "o corpo da requisição passa do limite permitido"),
-    414: ("uri_too_long", "o endereço pedido é longo demais"),
-    431: ("headers_too_large", "os cabeçalhos da requisição passam do limite permitido"),
-    500: ("internal", "falha interna do proxy"),
-    501: ("not_implemented", "a requisição usa um recurso que o servidor não atende"),
-    503: ("too_many_streams", "o sistema não tem threads para mais um stream"),
-    505: ("version_not_supported", "versão do HTTP não atendida"),
-}
-
-
-def exception_response(error):
-    """Transforma qualquer exceção em um erro JSON.
-
-    Argumentos:
-        error (Exception): exceção não tratada.
-    Retorna:
-        flask.Response: status da exceção HTTP, ou 500.
-    """
-    status = getattr(error, "code", None)
-    if not isinstance(error, werkzeug.exceptions.HTTPException) or status not in error_codes:
-        log.error("falha interna ao atender uma requisição: %s: %s", type(error).__name__, error)
-        log.debug("falha interna ao atender uma requisição", exc_info=True)
-        status = 500
-    return error_response(status, *error_codes[status])
-
-
-origin_line = re.compile(rb"^origin:[ \t]*([!-~]+)[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
-
-
-cookie_line = re.compile(rb"(?im)^cookie:([^\r\n]*)")
-
-
-def joined_cookies(head):
-    """Junta os cabeçalhos Cookie de uma requisição.
-
-    Os dois servidores os juntariam com vírgula, que pode estar dentro de um valor:
-    depois disso não se sabe mais onde um acaba (RFC 9113, 8.2.3).
-
-    Argumentos:
-        head (bytes): linha de requisição e cabeçalhos.
-    Retorna:
-        str: valores em latin-1, com ponto e vírgula entre eles; vazio se não há.
-    """
-    return "; ".join(value.strip(b" \t").decode("latin-1") for value in cookie_line.findall(head))
-
-
-def host_error(status, head):
-    """Monta o erro de uma requisição que nem chega à aplicação.
-
-    Argumentos:
-        status (int): status HTTP.
-        head (bytes): o que se leu da linha de requisição e dos cabeçalhos.
-    Retorna:
-        tuple: (corpo em bytes, vazio se quem pediu foi HEAD; lista de pares de
-        cabeçalhos, sem Content-Length).
-    """
-    code, message = error_codes.get(status, error_codes[400 if status < 500 else 500])
-    if meter is not None:
-        meter.note_refusal(status, code)
-    found = origin_line.search(head)
-    origin = found[1].decode("ascii") if found else None
-    headers = [("Content-Type", "application/json"), ("X-Author", author), *cors_headers(origin)]
-    if status == 405:
-        headers.append(("Allow", allow_header))
-    if status == 401:
-        headers += ask_token
-    if status == 503:
-        headers += retry_later
-    return b"" if head.startswith(b"HEAD ") else error_line(code, message), headers
-
-
 # =============================================================================
-# Servidores HTTP
+# Servidores HTTP e a entrega do socket
 # =============================================================================
-# Cada um recebe o socket já escutando, atende até o sinal de parada, deixa de
-# escutar e devolve uma função que diz quantas conexões ainda não terminaram.
+# Os dois rodam como seus autores os fazem, cada um em sua thread; o que aqui se usa de dentro
+# deles, sem estar em seus manuais, está em `insides`, e em nenhum outro lugar do arquivo.
 
 backlog = 4096
-# Tempo máximo, em segundos, de um cliente que não lê a resposta ou não faz outra
-# requisição na mesma conexão. No servidor do Flask o tempo recomeça quando o sistema
-# ainda aceita um pouco: quem parou de ler cai em até três vezes isso.
-client_timeout = 60
-# Intervalo, em segundos, entre dois exames dos prazos das conexões.
-sweep_interval = 1.0
-# Bytes que o waitress guarda de uma resposta antes de fazer a thread esperar.
-high_watermark = 262144
-# Descritores usados pelo próprio programa, com folga, e os que ficam para responder
-# 503 e /ping.
+line_limit = 65537
+# Threads do waitress: cada uma espera pelo Redis no começo de uma tarefa, e só então.
+waitress_threads = 16
+# Descritores usados pelo próprio programa, com folga, e os que ficam para responder 503 e /ping.
 own_descriptors = 32
 refusal_descriptors = 64
-# Tempo, em segundos, que uma conexão recusada tem para ler a resposta.
-discard_patience = 1.0
-# Intervalo, em segundos, em que a thread principal procura por sinais.
-signal_interval = 0.5
-# Pausa, em segundos, antes de aceitar de novo, se faltam descritores.
+# Bytes além de MAX_BODY que o waitress aceita: ele conta também as marcas dos chunks.
+chunk_marks = 65536
+# Pausa, em segundos, antes de aceitar de novo, se faltam descritores ou threads.
 accept_pause = 0.1
-# Tempo, em segundos, que uma thread do servidor do Flask espera por outro cliente.
-thread_patience = 2
-last_chunk = b"0\r\n\r\n"
-# Limites da requisição, os mesmos nos dois: bytes da primeira linha, bytes e número
-# dos cabeçalhos.
-line_limit = 65536
-headers_limit = 65536
-header_count = 100
-
-token = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-request_line = re.compile(rb"(%b) ([^\x00-\x20\x7f]+) HTTP/([0-9])\.[0-9]" % token)
-header_line = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*)" % token)
-target_form = re.compile(rb"/.*|(?i:https?)://(?:\[[0-9A-Fa-f:.]+\]|[^\[\]/?#]+)(?::[0-9]*)?(?:[/?#].*)?")
-leading_blank = re.compile(rb"(?:\r\n)?[ \t\v\f]")
-bare_break = re.compile(rb"(?<!\r)\n")
-host_form = re.compile(rb"[^\s/?#@\\]*")
+# Soquetes cuja requisição ainda chega -> prazo, no relógio monotônico; infinito se já chegou e
+# a resposta está sendo feita.
+arrivals = {}
 
 
-def head_error(head):
-    """Confere a primeira linha e os cabeçalhos de uma requisição.
+class handed_over(ConnectionError):
+    """O socket agora é do laço. Os dois servidores tomam isto por um cliente que caiu, e nada escrevem."""
 
-    Os dois servidores têm cada um a sua tolerância; o que um aceita e o outro recusa,
-    ou o que um terceiro no caminho leria de outro modo, é recusado aqui (RFC 9112).
+
+def client_socket(environ):
+    """Dá o socket do cliente de uma requisição.
 
     Argumentos:
-        head (bytes): do começo da requisição à linha em branco, exclusive; cada linha
-            terminada em CRLF.
+        environ (dict): ambiente WSGI.
     Retorna:
-        int: status HTTP da recusa; 0 se tudo está certo.
+        socket.socket: o socket, ainda do servidor HTTP.
     """
-    first, *rows = head.removesuffix(b"\r\n").split(b"\r\n")
-    status = line_error(first)
-    if status:
-        return status
-    if len(rows) > header_count or len(head) - len(first) > headers_limit:
-        return 431
-    fields = {}
-    for row in rows:
-        field = header_line.fullmatch(row)
-        if not field:
-            return 400
-        fields.setdefault(field[1].lower(), []).append(field[2].rstrip(b" \t"))
-    return body_error(fields, not first.endswith(b"1.0"))
+    disconnected = environ.get("waitress.client_disconnected")
+    return disconnected.__self__.socket if disconnected else environ["werkzeug.socket"]
 
 
-def line_error(line):
-    """Confere a linha de requisição.
+def close_after(environ):
+    """Faz o servidor HTTP fechar a conexão depois desta resposta; o do Flask já o faz.
 
     Argumentos:
-        line (bytes): a linha, sem o fim dela.
-    Retorna:
-        int: status HTTP da recusa; 0 se está certa.
+        environ (dict): ambiente WSGI.
     """
-    if len(line) > line_limit:
-        return 414
-    parts = request_line.fullmatch(line)
-    if not parts:
-        return 400
-    method, target, major = parts.groups()
-    if major != b"1":
-        return 505
-    if method.decode() not in (*stream_methods, "HEAD", "OPTIONS"):
-        return 405
-    if not target_form.fullmatch(target):
-        return 0 if (method, target) == (b"OPTIONS", b"*") else 400
-    if target.startswith(b"/"):
-        return 0
+    if disconnected := environ.get("waitress.client_disconnected"):
+        # O WSGI não deixa a aplicação dizê-lo; é como se o cliente o tivesse pedido.
+        disconnected.__self__.requests[0].headers["CONNECTION"] = "close"
+
+
+def hand_over(environ, owner, head):
+    """Entrega o socket de um cliente ao laço.
+
+    Argumentos:
+        environ (dict): ambiente WSGI.
+        owner (stream): stream que o recebe.
+        head (bytes): cabeçalho da resposta.
+    Levanta:
+        handed_over: sempre; a thread que a vê cair esquece a conexão.
+    """
+    connection, entrusted = client_socket(environ), None
     try:
-        # Só ele diz se o que está entre colchetes é um endereço, e os servidores o chamam.
-        urllib.parse.urlsplit(target.decode("latin-1"))
-    except ValueError:
-        return 400
-    return 0
+        # O socketserver desliga (shutdown) o que lhe resta ao fim da requisição: uma cópia não serviria. Já o laço
+        # do waitress ainda conhece o número deste descritor, e só o fecha.
+        is_flask = "werkzeug.socket" in environ
+        entrusted = socket.socket(fileno=connection.detach()) if is_flask else connection.dup()
+    except OSError as error:
+        log.debug("o socket de um cliente não pôde ser entregue: %s", reason(error))
+    loop.call_soon_threadsafe(owner.adopt, entrusted, head)
+    raise handed_over
 
 
-def body_error(fields, is_current):
-    """Confere os cabeçalhos que dizem de quem e de que tamanho é a requisição.
+def receive_deadline():
+    """Calcula até quando uma requisição que começa agora pode chegar.
+
+    Retorna:
+        float: instante do relógio monotônico, em segundos.
+    """
+    return time.monotonic() + REQUEST_TIMEOUT / 1000
+
+
+def pause_if_starved(error):
+    """Espera, se faltam descritores: a conexão fica na fila do sistema, e sem pausa o servidor giraria à toa.
 
     Argumentos:
-        fields (dict): nome em minúsculas -> lista de valores, em bytes.
-        is_current (bool): verdadeiro a partir de HTTP/1.1.
-    Retorna:
-        int: status HTTP da recusa; 0 se tudo está certo.
+        error (OSError): falha ao aceitar uma conexão.
     """
-    hosts, lengths = fields.get(b"host", []), fields.get(b"content-length", [])
-    codings = [coding.lower() for coding in fields.get(b"transfer-encoding", [])]
-    if codings not in ([], [b"chunked"]):
-        return 501
-    if len(hosts) > 1 or (is_current and not hosts) or not all(map(host_form.fullmatch, hosts)):
-        return 400
-    # Um tamanho ambíguo deixaria outro servidor ver outro fim para o corpo (6.3).
-    if len(lengths) > 1 or (codings and (lengths or not is_current)):
-        return 400
-    return 0 if all(re.fullmatch(rb"[0-9]{1,18}", length) for length in lengths) else 400
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        warn_rarely("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
+        time.sleep(accept_pause)
 
 
-class response_writer(io.BufferedIOBase):
-    """Junta os pedaços de um chunk e os envia de uma vez.
+class line_reader(io.BufferedReader):
+    """Leitura de uma requisição que não toma o fim da conexão pelo fim dela, nem guarda uma linha sem fim."""
 
-    O werkzeug escreve um chunk em quatro partes e chama flush; depois do último,
-    não chama, e ainda espera 10 ms por dados do cliente antes de fechar.
-    """
-
-    def __init__(self, connection):
-        """Guarda o socket.
+    def readline(self, size=-1):
+        """Lê uma linha.
 
         Argumentos:
-            connection (socket.socket): conexão com o cliente.
-        """
-        self.connection = connection
-        self.parts = []
-        self.is_done = False
-
-    def writable(self):
-        """Diz que aceita escrita.
-
+            size (int): máximo de bytes; o werkzeug não dá nenhum ao ler as marcas dos chunks.
         Retorna:
-            bool: sempre verdadeiro.
-        """
-        return True
-
-    def write(self, data):
-        """Guarda um pedaço; o último da resposta sai na hora.
-
-        Argumentos:
-            data (bytes): pedaço.
-        Retorna:
-            int: número de bytes aceitos.
-        """
-        if not self.is_done:
-            self.parts.append(data)
-        if data == last_chunk:
-            self.flush()
-        return len(data)
-
-    def flush(self):
-        """Envia o que foi guardado.
-
+            bytes: a linha, com o seu fim, ou os primeiros bytes de uma longa demais.
         Levanta:
-            OSError: se o cliente saiu ou não lê há client_timeout segundos.
+            ConnectionAbortedError: se a conexão acabou antes.
         """
-        data, self.parts = b"".join(self.parts), []
-        if data:
-            send_all(self.connection, data)
-
-
-class chunked_input(werkzeug.serving.DechunkedInput):
-    """Corpo em chunks, com as extensões e os trailers que a RFC 9112 manda ignorar."""
-
-    def read_chunk_len(self):
-        """Lê a linha que abre um chunk.
-
-        Retorna:
-            int: tamanho do chunk em bytes; 0 no último.
-        Levanta:
-            OSError: se a linha não é válida.
-        """
-        line = self._rfile.readline(line_limit)
-        if not line.endswith(b"\n"):
-            # O resto de uma extensão sem fim passaria por conteúdo.
-            raise OSError("chunk inválido")
-        size = line.partition(b";")[0].strip(b" \t\r\n")
-        # int() sozinho aceitaria "0x5", "+5" e "1_0".
-        if not re.fullmatch(rb"[0-9A-Fa-f]{1,16}", size):
-            raise OSError("chunk inválido")
-        if int(size, 16) == 0:
-            while (row := self._rfile.readline(line_limit)) not in (b"\r\n", b"\n"):
-                if not row.endswith(b"\n"):
-                    raise OSError("trailer inválido")
-            # Quem chama ainda lê a linha em branco; peek() podia ver só metade dela, e a outra
-            # metade passaria por mais um trailer.
-            self._rfile = io.BytesIO(b"\r\n")
-        return int(size, 16)
+        size = line_limit if size < 0 else size
+        line = super().readline(size)
+        if not line.endswith(b"\n") and len(line) < size:
+            raise ConnectionAbortedError("a requisição não chegou inteira")
+        return line
 
 
 class flask_handler(werkzeug.serving.WSGIRequestHandler):
-    """Atende uma conexão no servidor do Flask."""
+    """Atende uma conexão, e nela uma só requisição, no servidor do Flask."""
 
     disable_nagle_algorithm = True
-    # O Python 3.14 daria 128 KiB a cada conexão, e escreveria neles uma página ou duas.
-    rbufsize = 2048
-    live: typing.ClassVar = set()
-    # Quem ainda envia a requisição, na ordem dos prazos, que são todos iguais.
-    receiving: typing.ClassVar = {}
-
-    @classmethod
-    def expire(cls, now):
-        """Deixa de ler as requisições cujo prazo venceu.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        """
-        late = itertools.takewhile(lambda item: item[1] <= now, list(cls.receiving.items()))
-        for handler, _ in late:
-            if cls.receiving.pop(handler, None) is not None:
-                handler.is_late = True
-                # Quem espera pelo resto da requisição lê o fim dela.
-                with contextlib.suppress(OSError):
-                    handler.connection.shutdown(socket.SHUT_RD)
+    # O werkzeug a supõe lida, também ao responder a quem nada enviou.
+    requestline = ""
 
     def setup(self):
-        """Prepara a conexão."""
-        self.is_late, self.is_unread, self.head = False, False, b""
-        self.close_connection = True
-        self.live.add(self)
+        """Começa a contar o prazo da requisição."""
         super().setup()
-        self.receiving[self] = time.monotonic() + REQUEST_TIMEOUT / 1000
-        set_deadline(self.connection, client_timeout)
-        self.wfile = response_writer(self.connection)
+        arrivals[self.connection] = receive_deadline()
+        self.rfile = line_reader(self.rfile.detach())
 
     def finish(self):
-        """Encerra a conexão."""
-        try:
-            super().finish()
-        finally:
-            if self.is_unread:
-                self.discard()
-            self.received()
-            self.live.discard(self)
-            # O ambiente aponta para cá: o ciclo só seria desfeito pelo coletor de lixo.
-            vars(self).pop("environ", None)
-
-    def discard(self):
-        """Descarta o que o cliente ainda envia, para que ele possa ler a resposta.
-
-        Fechar com bytes por ler apagaria a resposta a caminho (RST).
-        """
-        deadline = time.monotonic() + discard_patience
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            set_deadline(self.connection, discard_patience)
-            while time.monotonic() < deadline and self.connection.recv(read_size):
-                pass
-
-    def received(self):
-        """Anota que a requisição chegou inteira, ou que não é mais esperada.
-
-        Retorna:
-            bool: falso se o prazo já tinha vencido.
-        """
-        self.is_unread = False
-        return self.receiving.pop(self, None) is not None
-
-    def send_last(self, data):
-        """Envia o fim de um streaming; o que o werkzeug ainda escrever não sai.
-
-        Argumentos:
-            data (bytes): últimas linhas e o último chunk, na forma em que vão no socket.
-        Levanta:
-            OSError: se o cliente saiu ou não lê há client_timeout segundos.
-        """
-        send_all(self.connection, data)
-        self.wfile.is_done = True
+        """Esquece a conexão."""
+        arrivals.pop(self.connection, None)
+        super().finish()
 
     def version_string(self):
         """Nomeia o servidor.
@@ -4066,101 +2835,41 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         """
         return SERVERNAME
 
+    def handle_one_request(self):
+        """Atende a requisição; o socket pode ter sido entregue, e não há outra."""
+        try:
+            super().handle_one_request()
+        except ConnectionAbortedError:
+            # Quem a varredura tirou daqui ainda espera pela resposta; os outros se foram.
+            if self.connection not in arrivals:
+                self.send_error(408)
+        self.close_connection = True
+
+    def handle_expect_100(self):
+        """Deixa o "100 Continue" para o werkzeug, que também o envia.
+
+        Retorna:
+            bool: verdadeiro: a requisição segue.
+        """
+        return True
+
     def make_environ(self):
         """Completa o ambiente WSGI.
 
         Retorna:
-            dict: ambiente com "ndjson.target", o alvo como veio: self.path já
-            perdeu as barras repetidas do início.
+            dict: ambiente com o alvo como veio: self.path já perdeu as barras repetidas do início.
         """
+        # O werkzeug 2.2 os tomaria pelos que têm "-", e X_Forwarded_For forjaria um endereço.
+        for name in [name for name in self.headers if "_" in name]:
+            del self.headers[name]
         if self.request_version != "HTTP/1.1":
             # Quem fala HTTP/1.0 não conhece chunks.
             self.protocol_version = "HTTP/1.0"
-        environ = super().make_environ()
-        if "HTTP_COOKIE" in environ:
-            environ["HTTP_COOKIE"] = joined_cookies(self.head)
-        environ["ndjson.target"] = self.target
-        environ["ndjson.handler"] = self
-        self.is_unread = "Content-Length" in self.headers or "Transfer-Encoding" in self.headers
-        if environ.get("wsgi.input_terminated"):
-            environ["wsgi.input"] = chunked_input(self.rfile)
+        environ = super().make_environ() | {"REQUEST_URI": self.requestline.split(" ")[1]}
+        if cookies := self.headers.get_all("Cookie"):
+            # Juntos por vírgula, que pode estar em um valor, não se saberia onde cada um acaba (RFC 9113, 8.2.3).
+            environ["HTTP_COOKIE"] = "; ".join(cookies)
         return environ
-
-    def parse_request(self):
-        """Lê a linha de requisição e os cabeçalhos, e os confere.
-
-        Retorna:
-            bool: falso se a requisição já foi respondida com um erro.
-        """
-        if self.raw_requestline == b"\r\n":
-            # Sobra de quem envia um CRLF depois do corpo (RFC 9112, 2.2).
-            self.raw_requestline = self.rfile.readline(line_limit + 1)
-        self.head = self.raw_requestline
-        status = line_error(self.head.removesuffix(b"\r\n"))
-        # Quem não fala HTTP, como quem fala TLS, não enviaria mais nada; já um erro de
-        # método precisa do Origin, para que a página possa lê-lo.
-        rows = self.read_headers() if status in (0, 405) else []
-        self.head += b"".join(rows[:-1])
-        if self.is_late:
-            status = 408
-        elif not status and rows[-1] != b"\r\n":
-            # Ou passou do limite, ou o cliente parou no meio.
-            is_large = sum(map(len, rows)) > headers_limit or len(rows) > header_count
-            status = 431 if is_large else 400
-        elif not status:
-            status = 400 if bare_break.search(self.head) else head_error(self.head)
-        if status:
-            self.send_error(status)
-            return False
-        self.keep_request(rows[:-1])
-        if self.is_waiting and int(self.headers.get("Content-Length", "0")) > MAX_BODY:
-            self.send_error(413)
-            return False
-        return True
-
-    def keep_request(self, rows):
-        """Guarda a requisição, já conferida, onde o http.server a guardaria.
-
-        Ele leria os cabeçalhos com o interpretador de e-mails, um décimo do custo de uma
-        requisição.
-
-        Argumentos:
-            rows (list[bytes]): linhas de cabeçalho.
-        """
-        self.requestline = self.raw_requestline.decode("latin-1").removesuffix("\r\n")
-        self.command, self.target, self.request_version = self.requestline.split(" ")
-        # Duas barras no começo pareceriam o nome de uma máquina.
-        self.path = "/" + self.target.lstrip("/") if self.target.startswith("//") else self.target
-        fields = [row.decode("latin-1").partition(":") for row in rows]
-        self.headers = werkzeug.datastructures.Headers([(name, value.strip(" \t\r\n")) for name, _, value in fields])
-        is_waiting = self.headers.get("Expect", "").lower() == "100-continue"
-        # O HTTP/1.0 não conhece a espera.
-        self.is_waiting = is_waiting and self.request_version != "HTTP/1.0"
-        if is_waiting:
-            # O werkzeug também responderia, e só com o resto da resposta.
-            del self.headers["Expect"]
-
-    def read_headers(self):
-        """Lê os cabeçalhos até a linha em branco, o fim da conexão ou o limite.
-
-        Retorna:
-            list[bytes]: linhas, com seus fins; a última é a linha em branco se os
-            cabeçalhos chegaram inteiros.
-        """
-        rows, size = [], 0
-        while size <= headers_limit and len(rows) <= header_count:
-            rows.append(self.rfile.readline(headers_limit + 1))
-            size += len(rows[-1])
-            if rows[-1] in (b"\r\n", b"\n", b""):
-                break
-        return rows
-
-    def run_wsgi(self):
-        """Atende a requisição; o "100 Continue" sai sem esperar pelo buffer."""
-        if self.is_waiting:
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.wfile.flush()
-        super().run_wsgi()
 
     def send_error(self, code, message=None, explain=None):
         """Responde a uma requisição que não chega à aplicação.
@@ -4170,136 +2879,22 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
             message (str): sem uso.
             explain (str): sem uso.
         """
-        body, fields = host_error(int(code), self.head)
-        self.close_connection = self.is_unread = True
-        # Uma linha de requisição sem versão faria o http.server omitir tudo.
+        body, fields = error_parts(code)
+        origin = getattr(self, "headers", {}).get("Origin")
+        # Uma linha de requisição sem versão faria o http.server omitir os cabeçalhos.
         self.request_version = "HTTP/1.0"
-        self.send_response(int(code))
-        for name, value in (*fields, ("Content-Length", str(len(body))), ("Connection", "close")):
+        self.send_response(code)
+        for name, value in (*fields, ("X-Author", author), *cors_headers(origin),
+                            ("Content-Length", str(len(body))), ("Connection", "close")):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
-        self.wfile.flush()
-
-    def log(self, type, message, *args):
-        """Leva ao nosso log, em debug, o que o servidor diria.
-
-        Argumentos:
-            type (str): nível.
-            message (str): formato.
-            args (object): argumentos do formato.
-        """
-        log.debug("servidor HTTP: " + message, *args)
-
-    def log_request(self, code="-", size="-"):
-        """Não registra: cada tarefa já tem a sua linha.
-
-        Argumentos:
-            code (int): status HTTP.
-            size (int): tamanho da resposta.
-        """
-
-
-class no_selector:
-    """Toma o lugar do seletor do werkzeug, que ele usa só ao fim da resposta.
-
-    Ele abriria um epoll e esperaria 10 ms por conexão, leria até 10 GB de quem não
-    para de enviar e, se o cliente saísse nessa hora, deixaria o epoll aberto. O que
-    resta por ler é descartado por flask_handler.discard.
-    """
-
-    def register(self, connection, events):
-        """Não registra.
-
-        Argumentos:
-            connection (socket.socket): sem uso.
-            events (int): sem uso.
-        """
-
-    def select(self, timeout):
-        """Não espera.
-
-        Argumentos:
-            timeout (float): sem uso.
-        Retorna:
-            tuple: vazia: não há nada a ler.
-        """
-        return ()
-
-    def close(self):
-        """Não fecha."""
 
 
 class flask_server(werkzeug.serving.ThreadedWSGIServer):
-    """Servidor do Flask que para entre duas conexões e sobrevive a erros."""
+    """Servidor do Flask que espera quando o sistema não pode mais."""
 
-    def __init__(self, *args, **options):
-        """Prepara as threads reaproveitadas.
-
-        Argumentos:
-            args (object): argumentos do werkzeug.
-            options (object): argumentos nomeados do werkzeug.
-        """
-        self.idle = collections.deque()
-        super().__init__(*args, **options)
-
-    def process_request(self, request, client_address):
-        """Entrega a conexão a uma thread livre, criando-a se preciso.
-
-        Criar e encerrar uma thread por conexão custa mais que reaproveitá-la. A última a
-        ficar livre é a primeira a servir: as que sobram podem então acabar.
-
-        Argumentos:
-            request (socket.socket): conexão aceita.
-            client_address (tuple): endereço do cliente.
-        """
-        with contextlib.suppress(IndexError):
-            self.idle.pop().put((request, client_address))
-            return
-        try:
-            threading.Thread(target=self.work, args=(request, client_address), name="cliente", daemon=True).start()
-        except RuntimeError as error:
-            tell_thread_lack(error)
-            self.refuse_starved(request)
-
-    def refuse_starved(self, request):
-        """Responde, sem ler a requisição, à conexão para a qual não há thread.
-
-        Argumentos:
-            request (socket.socket): conexão aceita.
-        """
-        body, headers = host_error(503, b"")
-        headers += [("Content-Length", str(len(body))), ("Connection", "close")]
-        rows = "".join(f"{name}: {value}\r\n" for name, value in headers)
-        with contextlib.suppress(OSError):
-            # Fechar com bytes por ler apagaria a resposta a caminho (RST).
-            request.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                request.recv(line_limit + headers_limit)
-            request.send(f"HTTP/1.1 503 Service Unavailable\r\n{rows}\r\n".encode() + body)
-        self.shutdown_request(request)
-
-    def work(self, request, client_address):
-        """Atende conexões até passar thread_patience segundos sem nenhuma.
-
-        Argumentos:
-            request (socket.socket): primeira conexão.
-            client_address (tuple): endereço do primeiro cliente.
-        """
-        inbox = queue.SimpleQueue()
-        while True:
-            self.process_request_thread(request, client_address)
-            del request
-            self.idle.append(inbox)
-            try:
-                request, client_address = inbox.get(timeout=thread_patience)
-            except queue.Empty:
-                try:
-                    self.idle.remove(inbox)
-                    return
-                except ValueError:
-                    # Foi escolhida neste instante: a conexão vem aí.
-                    request, client_address = inbox.get()
+    request_queue_size = backlog
 
     def get_request(self):
         """Aceita uma conexão.
@@ -4308,35 +2903,30 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
             tuple: (socket, endereço do cliente).
         Levanta:
             OSError: se o sistema não tem mais descritores ou o cliente desistiu.
+            KeyboardInterrupt: se o serviço está parando; é como o werkzeug aceita parar.
         """
-        # Daqui até service_actions o sinal de parada não interrompe: a conexão
-        # aceita seria perdida.
-        stop.is_busy = True
         try:
             return super().get_request()
         except OSError as error:
-            if lacks_descriptors(error):
-                time.sleep(accept_pause)
+            if gate.is_closed:
+                raise KeyboardInterrupt from None
+            pause_if_starved(error)
             raise
 
-    def service_actions(self):
-        """Para o laço, se foi pedido, e examina os prazos, a cada conexão e meio segundo.
-
-        Levanta:
-            KeyboardInterrupt: se um sinal de parada chegou.
-        """
-        stop.is_busy = False
-        if stop.is_requested:
-            raise KeyboardInterrupt
-        flask_handler.expire(time.monotonic())
-
-    def shutdown_request(self, request):
-        """Fecha uma conexão, sem o shutdown que o Python faria antes: ninguém mais a tem.
+    def process_request(self, request, client_address):
+        """Dá uma thread à conexão, esperando se o sistema não pode criá-la.
 
         Argumentos:
-            request (socket.socket): conexão.
+            request (socket.socket): conexão aceita.
+            client_address (tuple): endereço do cliente.
         """
-        self.close_request(request)
+        while True:
+            try:
+                super().process_request(request, client_address)
+                return
+            except RuntimeError as error:
+                warn_rarely(f"faltam threads ({error}): aumente o limite (TasksMax) e a memória")
+                time.sleep(accept_pause)
 
     def handle_error(self, request, client_address):
         """Registra em uma linha a falha de uma conexão.
@@ -4347,16 +2937,198 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
         """
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
-            log.error("falha interna em uma conexão: %s: %s", type(error).__name__, error)
+            warn_rarely(f"o servidor HTTP não entendeu uma requisição: {type(error).__name__}: {error}", "requisição")
+
+
+async def dismiss(connection, response):
+    """Responde a uma recusa e descarta o que o cliente ainda envia: fechar antes apagaria a resposta (RST).
+
+    Argumentos:
+        connection (socket.socket): socket entregue.
+        response (bytes): a resposta inteira.
+    """
+    with contextlib.suppress(OSError):
+        reader, writer = await asyncio.open_connection(sock=connection)
+        writer.write(response)
+        writer.write_eof()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(closing_patience):
+                while await reader.read(read_size):
+                    pass
+        writer.close()
+
+
+class waitress_error:
+    """Erro do waitress, que o laço responde: o waitress fecharia antes de ler o que o cliente ainda envia."""
+
+    def __init__(self, channel):
+        """Guarda a conexão.
+
+        Argumentos:
+            channel (waitress_channel): conexão cuja requisição foi recusada.
+        """
+        self.channel, self.code = channel, channel.requests[0].error.code
+
+    def to_response(self, ident=None):
+        """Entrega o socket ao laço, quando o waitress pede a resposta.
+
+        Argumentos:
+            ident (str): sem uso; a 2.1 nem o passa.
+        Levanta:
+            handed_over: o socket já não é da thread.
+        """
+        body, fields = error_parts(self.code)
+        fields += [("X-Author", author), *cors_headers(self.channel.requests[0].headers.get("ORIGIN")),
+                   ("Content-Length", str(len(body)))]
+        response = response_head(self.code, fields) + body
+        connection = self.channel.socket.dup()
+        loop.call_soon_threadsafe(lambda: take_up(functools.partial(dismiss, connection, response)))
+        raise handed_over
+
+
+class waitress_channel(waitress.channel.HTTPChannel):
+    """Conexão do waitress, e nela uma só requisição."""
+
+    def __init__(self, server, connection, *args, **options):
+        """Começa a contar o prazo da requisição.
+
+        Argumentos:
+            server (waitress.server.BaseWSGIServer): servidor.
+            connection (socket.socket): conexão aceita.
+            args (object): argumentos do waitress.
+            options (object): argumentos nomeados do waitress.
+        """
+        arrivals[connection] = receive_deadline()
+        super().__init__(server, connection, *args, **options)
+
+    def service(self):
+        """Atende a requisição, na thread dela."""
+        request = self.requests[0]
+        if "COOKIE" in request.headers:
+            request.headers["COOKIE"] = request.headers["COOKIE"].replace(", ", "; ")
+        if request.error:
+            request.error = waitress_error(self)
+        super().service()
+
+    def handle_close(self):
+        """Fecha a conexão e a esquece."""
+        arrivals.pop(self.socket, None)
+        super().handle_close()
+
+
+# De quem é, o nome, e para que serve; check_insides os confere no início.
+insides = (
+    (werkzeug.serving, "ThreadedWSGIServer"),
+    (werkzeug.serving.WSGIRequestHandler, "make_environ"),
+    (werkzeug.serving, "is_running_from_reloader"),
+    (waitress.channel.HTTPChannel, "service"),
+    (waitress.channel.HTTPChannel, "handle_close"),
+    (waitress.wasyncore, "dispatcher"),
+    (redis.Connection(), "_sock"),
+)
+
+
+def check_insides():
+    """Confere se as bibliotecas ainda têm por dentro o que o programa usa.
+
+    Levanta:
+        configuration_error: se falta algo, com o nome do módulo e a versão.
+    """
+    for owner, name in insides:
+        if not hasattr(owner, name):
+            kind = owner if hasattr(owner, "__name__") else type(owner)
+            module = getattr(kind, "__module__", kind.__name__).partition(".")[0]
+            raise configuration_error(
+                f"esta versão do módulo {module} não serve: falta {kind.__name__}.{name}, de que o programa depende")
+
+
+def redis_socket(connection):
+    """Dá o socket de uma conexão do redis-py, que não o publica; o nome é o mesmo da 4 à 8.
+
+    Argumentos:
+        connection (redis.Connection): conexão aberta.
+    Retorna:
+        socket.socket: o socket; ssl.SSLSocket se há TLS.
+    """
+    return connection._sock
+
+
+def serve_flask(listener):
+    """Atende com o servidor do Flask, uma thread por requisição, até que o socket deixe de escutar.
+
+    Argumentos:
+        listener (socket.socket): socket escutando.
+    """
+    werkzeug.serving.ThreadedWSGIServer = flask_server
+    # O werkzeug só aceita um socket pronto pela porta de seu recarregador, que também cala o
+    # aviso de servidor de desenvolvimento.
+    os.environ |= {"WERKZEUG_RUN_MAIN": "true", "WERKZEUG_SERVER_FD": str(listener.fileno())}
+    app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, use_reloader=False,
+            load_dotenv=False, request_handler=flask_handler)
+
+
+def accept_if_possible(accept):
+    """Aceita uma conexão no waitress.
+
+    Argumentos:
+        accept (callable): o método do servidor.
+    Retorna:
+        tuple: (socket, endereço do cliente); None se não há nenhuma.
+    """
+    try:
+        return accept()
+    except OSError as error:
+        pause_if_starved(error)
+        return None
+
+
+def serve_waitress(listener):
+    """Atende com o waitress, até que o socket deixe de escutar e as respostas acabem.
+
+    Argumentos:
+        listener (socket.socket): socket escutando.
+    """
+    hard, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    server = waitress.create_server(
+        app, sockets=[listener], ident=SERVERNAME, threads=waitress_threads, backlog=backlog,
+        # Além do limite as conexões esperam na fila do sistema; sem ele, a falta de descritores
+        # faria o laço do waitress girar à toa. select() não passa do descritor 1023.
+        connection_limit=max(refusal_descriptors, hard - own_descriptors - gate.limit), asyncore_use_poll=True,
+        # O prazo do waitress segue o relógio do sistema, que pode voltar no tempo; quem julga é sweep_late.
+        channel_request_lookahead=0, channel_timeout=day,
+        # O corpo fica na memória, como no servidor do Flask: um arquivo provisório custaria um
+        # descritor a mais por conexão, e o disco pode estar cheio.
+        inbuf_overflow=MAX_BODY + chunk_marks + 1, max_request_body_size=MAX_BODY + chunk_marks,
+        clear_untrusted_proxy_headers=False, log_socket_errors=False,
+    )
+    server.channel_class = waitress_channel
+    server.accept = functools.partial(accept_if_possible, server.accept)
+    # O socket que deixa de escutar é fechado na thread do waitress; o dele fecharia junto o alarme das outras.
+    server.handle_close = functools.partial(waitress.wasyncore.dispatcher.close, server)
+    server.run()
+
+
+hosts = {"flask": serve_flask, "waitress": serve_waitress}
+
+
+def run_host(listener):
+    """Roda o servidor HTTP, em sua thread; sem ele, não há serviço.
+
+    Argumentos:
+        listener (socket.socket): socket escutando.
+    """
+    try:
+        hosts[HTTP_SERVER](listener)
+    except Exception as error:
+        log.error("o servidor HTTP parou: %s: %s", type(error).__name__, error)
+    if not gate.is_closed:
+        leave(1)
 
 
 def raise_descriptor_limit():
     """Eleva o limite de descritores ao máximo permitido e limita por ele os streams.
 
     Sem sobra, quem passa do limite esperaria na fila do sistema por um 503.
-
-    Retorna:
-        int: número de conexões que o processo pode ter abertas.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
@@ -4366,31 +3138,17 @@ def raise_descriptor_limit():
     if gate.limit < MAX_STREAMS:
         log.warning("MAX_STREAMS é %d, mas o processo só pode abrir %d descritores: são atendidos %d streams",
                     MAX_STREAMS, hard, gate.limit)
-    return max(1, hard - own_descriptors)
 
 
-def lacks_descriptors(error):
-    """Diz se faltam descritores, e o registra.
+def url_host(host):
+    """Escreve um endereço como as URLs o pedem.
 
     Argumentos:
-        error (OSError): falha ao aceitar uma conexão.
+        host (str): endereço ou nome.
     Retorna:
-        bool: verdadeiro se faltam: a conexão continua na fila do sistema, e sem uma
-        pausa o laço giraria à toa.
+        str: o IPv6 entre colchetes; o resto como veio.
     """
-    if error.errno not in (errno.EMFILE, errno.ENFILE):
-        return False
-    rare.tell("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
-    return True
-
-
-def tell_thread_lack(error):
-    """Registra que o sistema não deixa criar mais threads.
-
-    Argumentos:
-        error (RuntimeError): a recusa.
-    """
-    rare.tell(f"faltam threads ({error}): aumente o limite (TasksMax) e a memória, ou diminua MAX_STREAMS")
+    return f"[{host}]" if ":" in host else host
 
 
 def open_listener(host, port):
@@ -4404,905 +3162,90 @@ def open_listener(host, port):
     Levanta:
         OSError: se o endereço não existe ou a porta está ocupada.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    address = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)[0][4]
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        listener.bind(address)
-        listener.listen(backlog)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def serve_flask(listener):
-    """Atende com o servidor do Flask, uma thread por cliente.
-
-    Argumentos:
-        listener (socket.socket): socket escutando.
-    Retorna:
-        callable: função que devolve o número de conexões vivas.
-    """
-    # O werkzeug só aceita um socket pronto pela porta de seu recarregador. Por
-    # ela, a porta já está aberta quando o systemd é avisado, uma porta ocupada é
-    # dita com a nossa frase, e o aviso de "servidor de desenvolvimento" não sai.
-    raise_descriptor_limit()
-    vars(werkzeug.serving).update(
-        ThreadedWSGIServer=flask_server,
-        selectors=types.SimpleNamespace(DefaultSelector=no_selector, EVENT_READ=select.EPOLLIN),
-    )
-    os.environ |= {"WERKZEUG_RUN_MAIN": "true", "WERKZEUG_SERVER_FD": str(listener.fileno())}
-    app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, use_reloader=False,
-            load_dotenv=False, request_handler=flask_handler)
-    listener.close()
-    return lambda: len(flask_handler.live)
-
-
-class waitress_error(waitress.task.ErrorTask):
-    """Erro do waitress no mesmo formato dos outros."""
-
-    def execute(self):
-        """Escreve a resposta de erro."""
-        status = self.request.error.code
-        if status == 401:
-            forwarded = self.request.headers.get("X_FORWARDED_FOR", "")
-            tell_unauthorized({"REMOTE_ADDR": self.channel.addr[0], "HTTP_X_FORWARDED_FOR": forwarded})
-        body, headers = host_error(status, self.request.head)
-        self.status = f"{status} {self.request.error.reason}"
-        self.response_headers.extend([*headers, ("Connection", "close")])
-        self.close_on_finish = True
-        self.content_length = len(body)
-        self.write(body)
-
-
-class waitress_task(waitress.task.WSGITask):
-    """Requisição do waitress que conhece a sua conexão."""
-
-    def get_environment(self):
-        """Completa o ambiente WSGI.
-
-        Retorna:
-            dict: ambiente com "ndjson.channel", a conexão.
-        """
-        return super().get_environment() | {"ndjson.channel": self.channel}
-
-    def build_response_header(self):
-        """Monta os cabeçalhos; fecha a conexão de quem foi recusado, e todas se são muitas.
-
-        Guardada, ela ocuparia um descritor que falta a quem ainda espera por resposta.
-
-        Retorna:
-            bytes: linha de status e cabeçalhos.
-        """
-        is_crowded = len(self.channel.server.active_channels) - gate.alive > kept_connections
-        if is_crowded or not self.status.startswith("2"):
-            self.request.headers["CONNECTION"] = "close"
-        return super().build_response_header()
-
-
-class request_refused(waitress.utilities.Error):
-    """Requisição recusada antes de chegar à aplicação."""
-
-    def __init__(self, status):
-        """Dá o status ao waitress.
-
-        Argumentos:
-            status (int): status HTTP.
-        """
-        super().__init__("")
-        self.code, self.reason = status, http.HTTPStatus(status).phrase
-
-
-class waitress_parser(waitress.parser.HTTPRequestParser):
-    """Requisição do waitress com o alvo como veio e com os nossos limites."""
-
-    refusal = 0
-    head = b""
-    # O waitress os supõe em qualquer requisição, também na que não pôde ler.
-    command = path = ""
-
-    def parse_header(self, header_plus):
-        """Lê a linha de requisição e os cabeçalhos.
-
-        Argumentos:
-            header_plus (bytes): a linha de requisição e os cabeçalhos.
-        Levanta:
-            waitress.parser.ParsingError: se não forem válidos.
-        """
-        self.head = header_plus.removesuffix(b"\r\n")
-        self.refusal = head_error(self.head)
-        if self.refusal:
-            raise waitress.parser.ParsingError("")
-        line, separator, rest = header_plus.partition(b"\r\n")
-        # O waitress recusa UTF-8 sem escapes no alvo; o alvo original é reposto.
-        super().parse_header(re.sub(rb"[\x80-\xff]", lambda byte: b"%%%02X" % byte[0][0], line) + separator + rest)
-        words = line.split(b" ")
-        if len(words) > 1:
-            self.request_uri = words[1].decode("latin-1")
-        if "COOKIE" in self.headers:
-            self.headers["COOKIE"] = joined_cookies(self.head)
-        # Depois do "100 Continue" o waitress esperaria por um corpo que não vem.
-        self.expect_continue = self.expect_continue and self.body_rcv is not None
-        if self.body_rcv is not None and not self.is_welcome():
-            self.refusal = 401
-            raise waitress.parser.ParsingError("")
-
-    def is_welcome(self):
-        """Diz se o corpo desta requisição pode ser lido.
-
-        Retorna:
-            bool: falso se ela precisa de um token que não traz: o corpo de quem não
-            pode pedir não ocupa memória.
-        """
-        environ = {"HTTP_AUTHORIZATION": self.headers.get("AUTHORIZATION", ""), "REQUEST_URI": self.request_uri}
-        is_free = self.command == "OPTIONS" or request_target(environ)[0] == "/ping"
-        return is_free or is_authorized(environ)
-
-    def received(self, data):
-        """Recebe um trecho da requisição.
-
-        Argumentos:
-            data (bytes): trecho.
-        Retorna:
-            int: número de bytes consumidos.
-        """
-        before = self.header_plus
-        is_start = not self.headers_finished and len(before) < 3
-        start = before + data[:3] if is_start else b""
-        consumed = super().received(data)
-        if isinstance(self.error, waitress.utilities.RequestHeaderFieldsTooLarge):
-            # Nesse caso o waitress lê, no lugar dos cabeçalhos, uma requisição inventada.
-            self.head = before + data
-        if self.empty or leading_blank.match(start):
-            # O waitress tira qualquer espaço do começo; a RFC 9112 (2.2), só um CRLF.
-            self.refusal, self.completed, self.empty = 400, True, False
-        if not self.headers_finished and not self.completed:
-            self.refusal = self.unfinished_error(len(data))
-            self.completed = self.refusal > 0
-        is_chunked = self.chunked and self.body_rcv is not None
-        if is_chunked and len(self.body_rcv.control_line) + len(self.body_rcv.trailer) > line_limit:
-            # O waitress juntaria, um trecho por vez, uma linha ou um rodapé sem fim.
-            self.refusal, self.completed = 400, True
-        size = len(self.body_rcv) if is_chunked else self.content_length
-        if self.error is None and size > MAX_BODY:
-            self.refusal, self.completed = 413, True
-        if self.refusal:
-            self.error = request_refused(self.refusal)
-        if self.error is not None:
-            # Pedir o corpo de uma requisição recusada adiaria o erro.
-            self.expect_continue = False
-        return consumed
-
-    def unfinished_error(self, size):
-        """Confere cabeçalhos que ainda não chegaram inteiros.
-
-        O waitress esperaria para sempre por um CRLF duplo.
-
-        Argumentos:
-            size (int): bytes do último trecho.
-        Retorna:
-            int: status HTTP da recusa; 0 se tudo está certo até aqui.
-        """
-        if bare_break.search(self.header_plus, max(0, len(self.header_plus) - size)):
-            return 400
-        is_long = len(self.header_plus) > line_limit and self.header_plus.find(b"\r\n", 0, line_limit + 2) < 0
-        return 414 if is_long else 0
-
-
-class waitress_channel(waitress.channel.HTTPChannel):
-    """Conexão do waitress com a nossa leitura da requisição, erros e prazos.
-
-    Os prazos do waitress seguem o relógio do sistema, que pode voltar no tempo, e
-    não alcançam quem envia a requisição aos poucos nem quem não lê a resposta.
-    """
-
-    parser_class = waitress_parser
-    task_class = waitress_task
-    error_task_class = waitress_error
-    watcher = None
-
-    def __init__(self, server, *args, **options):
-        """Começa a contar o prazo da requisição.
-
-        Argumentos:
-            server (waitress.server.BaseWSGIServer): servidor.
-            args (object): argumentos do waitress.
-            options (object): argumentos nomeados do waitress.
-        """
-        self.poller = server.asyncore
-        self.moved_at = time.monotonic()
-        self.began_at = self.moved_at
-        self.is_refused, self.discard_at = False, None
-        super().__init__(server, *args, **options)
-
-    def add_channel(self, map=None):
-        """Entra no laço.
-
-        Argumentos:
-            map (dict): descritores do laço.
-        """
-        super().add_channel(map)
-        self.poller.touched.append(self._fileno)
-
-    def service(self):
-        """Atende uma requisição, na thread do cliente."""
-        descriptor = self._fileno
-        self.is_refused = self.requests[0].error is not None
-        super().service()
-        self.watcher = None
-        self.poller.touched.append(descriptor)
-        self.server.pull_trigger()
-
-    def write_soon(self, data):
-        """Envia um trecho da resposta, na thread do cliente.
-
-        Argumentos:
-            data (bytes): trecho.
-        Retorna:
-            int: número de bytes aceitos.
-        Levanta:
-            waitress.channel.ClientDisconnected: se o cliente saiu.
-        """
-        descriptor = self._fileno
-        size = super().write_soon(data)
-        if self.total_outbufs_len or self.will_close:
-            self.poller.touched.append(descriptor)
-            self.server.pull_trigger()
-        return size
-
-    def send(self, data, do_close=True):
-        """Escreve no socket.
-
-        Argumentos:
-            data (bytes): bytes a enviar.
-            do_close (bool): verdadeiro se um erro deve fechar a conexão já.
-        Retorna:
-            int: número de bytes enviados.
-        """
-        sent = super().send(data, do_close)
-        if sent:
-            self.moved_at = time.monotonic()
-        return sent
-
-    def received(self, data):
-        """Recebe bytes do cliente.
-
-        Argumentos:
-            data (bytes): bytes recebidos.
-        Retorna:
-            bool: falso se foram ignorados.
-        """
-        self.moved_at = time.monotonic()
-        if self.discard_at is not None:
-            return False
-        accepted = super().received(data)
-        # Uma requisição pode começar enquanto outra, da mesma conexão, é atendida.
-        self.began_at = None if self.request is None else self.began_at or self.moved_at
-        return accepted
-
-    def may_expire(self):
-        """Diz se algum prazo corre; um stream em silêncio não tem nenhum, e são muitos.
-
-        Retorna:
-            bool: verdadeiro se expire deve ser chamado.
-        """
-        return self.watcher is None or self.total_outbufs_len > 0
-
-    def expire(self, now):
-        """Encerra a conexão se um prazo venceu.
-
-        Argumentos:
-            now (float): instante do relógio monotônico, em segundos.
-        """
-        silence = now - self.moved_at
-        if self.discard_at is not None:
-            if now >= self.discard_at:
-                self.handle_close()
-        elif self.began_at is not None and now - self.began_at > REQUEST_TIMEOUT / 1000 and not self.requests:
-            self.began_at = None
-            self.refuse()
-        elif silence > client_timeout and (self.total_outbufs_len or not self.requests):
-            # Quem não lê nunca deixa o socket pronto para escrita: o waitress, que só
-            # fecha quem está pronto, esperaria para sempre.
-            self.handle_close()
-
-    def watch(self, stream):
-        """Anota o stream que precisa saber que o cliente saiu.
-
-        Argumentos:
-            stream (stream): stream da requisição atendida.
-        """
-        self.watcher = stream
-        if not self.connected:
-            hub.leave(stream)
-
-    def handle_close(self):
-        """Fecha a conexão; a recusada, só depois de descartar o que o cliente envia.
-
-        Fechar com bytes por ler apagaria a resposta a caminho (RST).
-        """
-        if self.is_refused and self.discard_at is None and self.connected:
-            self.discard_at = time.monotonic() + discard_patience
-            with contextlib.suppress(OSError):
-                self.socket.shutdown(socket.SHUT_WR)
-                self.will_close = self.close_when_flushed = False
-                return
-        super().handle_close()
-        # Nesta ordem: watch anota e só depois olha se a conexão já fechou.
-        watcher = self.watcher
-        if watcher is not None and not watcher.ended:
-            hub.leave(watcher)
-
-    def refuse(self):
-        """Responde que a requisição não chegou a tempo."""
-        with self.requests_lock:
-            late, self.request = self.request or self.parser_class(self.adj), None
-            late.head = late.head or late.header_plus
-            late.error = request_refused(408)
-            self.requests.append(late)
-            self.server.add_task(self)
-
-    def refuse_starved(self):
-        """Responde, na thread do laço, à requisição para a qual não há thread."""
-        self.requests[0].error = request_refused(503)
-        self.service()
-
-
-class waitress_poller:
-    """Laço do waitress com epoll, cujo custo segue o que acontece.
-
-    O do waitress pergunta a todas as conexões, a cada volta, o que elas esperam:
-    com milhares de streams, aceitar um cliente custaria milissegundos.
-    """
-
-    def __init__(self):
-        """Começa sem conexões."""
-        self.epoll = select.epoll()
-        self.known = {}
-        # Descritores cuja espera pode ter mudado por obra de outra thread.
-        self.touched = collections.deque()
-        # Conexões com uma requisição completa para a qual não há thread.
-        self.starved = collections.deque()
-
-    def loop(self, timeout, map, use_poll):
-        """Atende as conexões até não restar nenhuma.
-
-        Argumentos:
-            timeout (float): espera máxima de uma volta, em segundos.
-            map (dict): descritor -> conexão, mantido pelo waitress.
-            use_poll (bool): sem uso.
-        """
-        fixed = list(map)
-        changed, sweep_at = set(fixed), 0.0
-        while map:
-            for descriptor in changed:
-                self.update(descriptor, map.get(descriptor))
-            changed = set(fixed)
-            for descriptor, flags in self.epoll.poll(timeout):
-                if descriptor in map:
-                    waitress.wasyncore.readwrite(map[descriptor], flags)
-                    changed.add(descriptor)
-            now = time.monotonic()
-            if now >= sweep_at:
-                sweep_at = now + sweep_interval
-                for channel in [each for each in map.values() if isinstance(each, waitress_channel) and each.may_expire()]:
-                    channel.expire(now)
-            while self.starved:
-                self.starved.popleft().refuse_starved()
-            while self.touched:
-                changed.add(self.touched.popleft())
-
-    def update(self, descriptor, channel):
-        """Diz ao epoll o que uma conexão espera agora.
-
-        Argumentos:
-            descriptor (int): descritor da conexão.
-            channel (waitress.wasyncore.dispatcher): conexão; None se já fechou.
-        """
-        if channel is None:
-            self.known.pop(descriptor, None)
-            return
-        flags = select.EPOLLIN | select.EPOLLPRI if channel.readable() else 0
-        if channel.writable() and not channel.accepting:
-            flags |= select.EPOLLOUT
-        known = self.known.get(descriptor)
-        if known == (channel, flags):
-            return
-        self.known[descriptor] = (channel, flags)
-        # O número do descritor pode ser de uma conexão nova: fechar um socket o
-        # tira do epoll.
-        if known is not None and known[0] is channel:
-            self.epoll.modify(descriptor, flags)
-        else:
-            self.epoll.register(descriptor, flags)
-
-
-class waitress_dispatcher(waitress.task.ThreadedTaskDispatcher):
-    """Threads do waitress criadas à medida que os clientes chegam.
-
-    O número fixo do waitress teria de ser o de MAX_STREAMS desde o início, ou o
-    quinto cliente esperaria pelo fim de um dos quatro primeiros.
-    """
-
-    def add_task(self, task):
-        """Entrega uma conexão a uma thread livre, criando-a se preciso.
-
-        Argumentos:
-            task (waitress_channel): conexão com uma requisição completa.
-        """
-        with self.lock:
-            free = len(self.threads) - self.stop_count - self.active_count - len(self.queue)
-        if free <= 0 and len(self.threads) < MAX_STREAMS + spare_threads:
-            try:
-                self.set_thread_count(len(self.threads) + 1)
-            except RuntimeError as error:
-                tell_thread_lack(error)
-                # A trava da conexão está na mão de quem chama: a resposta fica para o laço.
-                task.poller.starved.append(task)
-                task.server.pull_trigger()
-                return
-        super().add_task(task)
-
-    def start_new_thread(self, target, thread_no):
-        """Cria uma thread.
-
-        Argumentos:
-            target (callable): função da thread.
-            thread_no (int): número da thread, que o waitress já contou.
-        Levanta:
-            RuntimeError: se o sistema não deixa criar mais uma.
-        """
-        try:
-            super().start_new_thread(target, thread_no)
-        except RuntimeError:
-            self.threads.discard(thread_no)
-            raise
-
-    def handler_thread(self, thread_no):
-        """Atende conexões; além de spare_threads, só enquanto há o que atender.
-
-        Argumentos:
-            thread_no (int): número da thread.
-        """
-        while True:
-            with self.lock:
-                if not self.wait_task():
-                    self.threads.discard(thread_no)
-                    self.thread_exit_cv.notify()
-                    return
-                task = self.queue.popleft()
-            try:
-                task.service()
-            except Exception as error:
-                # A thread acabaria e continuaria contada.
-                log.error("falha interna em uma conexão: %s: %s", type(error).__name__, error)
-                task.cancel()
-
-    def wait_task(self):
-        """Espera por uma conexão, com a trava na mão.
-
-        Retorna:
-            bool: falso se a thread deve acabar; já não é contada como ativa.
-        """
-        while not self.queue:
-            self.active_count -= 1
-            is_called = self.queue_cv.wait(thread_patience)
-            if not is_called and not self.queue and len(self.threads) > spare_threads:
-                return False
-            self.active_count += 1
-        return True
-
-
-# Threads e conexões do waitress além de MAX_STREAMS: respondem 503 e /ping.
-spare_threads = 16
-spare_connections = 1024
-# Conexões sem stream a partir das quais nenhuma é guardada para outra requisição.
-kept_connections = 32
-
-
-def pausing_accept(server):
-    """Faz o waitress esperar, sem girar à toa, quando faltam descritores.
-
-    Argumentos:
-        server (waitress.server.BaseWSGIServer): servidor.
-    Retorna:
-        tuple: substitutos dos métodos accept e readable do servidor.
-    """
-    plain_accept, plain_readable, ready_at = server.accept, server.readable, 0.0
-
-    def accept():
-        """Aceita uma conexão.
-
-        Retorna:
-            tuple: (socket, endereço do cliente); None se não há nenhuma.
-        Levanta:
-            OSError: se o sistema não tem mais descritores ou o cliente desistiu.
-        """
-        nonlocal ready_at
-        try:
-            return plain_accept()
-        except OSError as error:
-            if lacks_descriptors(error):
-                ready_at = time.monotonic() + accept_pause
-            raise
-
-    def readable():
-        """Diz se o laço deve esperar por conexões.
-
-        Retorna:
-            bool: falso durante a pausa ou além do limite de conexões.
-        """
-        return plain_readable() and time.monotonic() >= ready_at
-
-    return accept, readable
-
-
-def serve_waitress(listener):
-    """Atende com o waitress.
-
-    Argumentos:
-        listener (socket.socket): socket escutando.
-    Retorna:
-        callable: função que devolve o número de conexões com resposta pendente.
-    """
-    server = waitress.create_server(
-        app, sockets=[listener], ident=SERVERNAME, threads=1, backlog=backlog,
-        # Além do limite as conexões esperam na fila do sistema; sem ele, a falta
-        # de descritores faria o laço do waitress girar à toa.
-        connection_limit=min(MAX_STREAMS + spare_connections, raise_descriptor_limit()), asyncore_use_poll=True,
-        channel_request_lookahead=1, outbuf_high_watermark=high_watermark,
-        # O corpo fica na memória, como no servidor do Flask: um arquivo provisório
-        # custaria um descritor a mais por conexão, e o disco pode estar cheio.
-        inbuf_overflow=MAX_BODY + 1,
-        # O limite é conferido por waitress_parser: este contaria também as
-        # marcas dos chunks.
-        max_request_header_size=line_limit + 2 * headers_limit, max_request_body_size=sys.maxsize, clear_untrusted_proxy_headers=False,
-        log_socket_errors=False,
-    )
-    server.channel_class = waitress_channel
-    server.asyncore = waitress_poller()
-    server.maintenance = lambda now: None
-    server.accept, server.readable = pausing_accept(server)
-    server.task_dispatcher.set_thread_count(0)
-    server.task_dispatcher = waitress_dispatcher()
-    server.task_dispatcher.set_thread_count(spare_threads)
-
-    def close_listener():
-        """Deixa de escutar; roda na thread do laço do waitress."""
-        server.accepting = False
-        server.del_channel()
-        listener.close()
-
-    def unfinished():
-        """Conta as conexões com resposta pendente.
-
-        Retorna:
-            int: número de conexões.
-        """
-        channels = list(server.active_channels.values())
-        return sum(1 for channel in channels if channel.requests or channel.total_outbufs_len)
-
-    # O laço do waitress envia e fecha as respostas: deve viver até o fim delas.
-    threading.Thread(target=server.run, name="waitress", daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):
-        while not stop.is_requested:
-            # O sistema pode entregar o sinal a outra thread, o que não acorda esta, a
-            # única em que o Python o trata: uma espera sem prazo o perderia.
-            time.sleep(signal_interval)
-    server.trigger.pull_trigger(close_listener)
-    return unfinished
-
-
-hosts = {"flask": serve_flask, "waitress": serve_waitress}
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(address[:2], family=family, backlog=backlog, dualstack_ipv6=host == "::")
 
 
 # =============================================================================
 # Métricas, para o Prometheus
 # =============================================================================
-# Desligadas (meter é None), não custam nada. Ligadas, o caminho de uma linha só paga
-# por uma ida ao Redis; o resto são números que o programa já guarda, lidos na hora.
+# Desligadas (meter é None), não custam nada, e o prometheus_client nem é carregado.
 
 # Limites das faixas: segundos até a primeira linha, da duração, de uma ida ao Redis
-# e do atraso do coletor; e comandos em uma ida.
+# e do atraso do laço; e comandos em uma ida.
 first_line_limits = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 duration_limits = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 round_limits = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 2)
 lag_limits = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 command_limits = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-# Tempo máximo, em segundos, de quem pede as métricas e não fala.
-metrics_timeout = 10
 # Erros que não estão em error_codes.
-refusal_codes = ((500, "redis_error"), (503, "shutdown"), (504, "redis_unavailable"))
-
-
-class histogram:
-    """Valores contados em faixas; quem observa cuida de que seja uma thread por vez."""
-
-    def __init__(self, limits):
-        """Começa vazio.
-
-        Argumentos:
-            limits (tuple): maior valor de cada faixa; há mais uma, sem limite.
-        """
-        self.limits = limits
-        self.counts = [0] * (len(limits) + 1)
-        self.total = 0.0
-
-    def observe(self, value):
-        """Conta um valor.
-
-        Argumentos:
-            value (float): o valor.
-        """
-        self.counts[bisect.bisect_left(self.limits, value)] += 1
-        self.total += value
-
-    def buckets(self):
-        """Soma as faixas como o Prometheus as quer.
-
-        Retorna:
-            list: pares (limite em texto, quantos valores até ele).
-        """
-        names = [*map(str, map(float, self.limits)), "+Inf"]
-        return list(zip(names, itertools.accumulate(self.counts), strict=True))
-
-
-class metrics_server(http.server.ThreadingHTTPServer):
-    """Servidor HTTP das métricas, que não escreve no log o que um cliente faz."""
-
-    daemon_threads = True
-
-    def __init__(self, listener, handler):
-        """Recebe o socket pronto.
-
-        Argumentos:
-            listener (socket.socket): socket escutando.
-            handler (type): quem atende uma conexão.
-        """
-        super().__init__(listener.getsockname(), handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listener
-
-    def get_request(self):
-        """Aceita uma conexão.
-
-        Retorna:
-            tuple: (socket, endereço do cliente).
-        Levanta:
-            OSError: se o sistema não tem mais descritores ou o cliente desistiu.
-        """
-        try:
-            return super().get_request()
-        except OSError as error:
-            if lacks_descriptors(error):
-                time.sleep(accept_pause)
-            raise
-
-    def handle_error(self, request, client_address):
-        """Registra em debug a falha de uma conexão.
-
-        Argumentos:
-            request (socket.socket): conexão.
-            client_address (tuple): endereço do cliente.
-        """
-        log.debug("métricas: %s", sys.exc_info()[1])
+refusal_codes = ((500, "redis_error"), (503, "too_many_streams"), (503, "shutdown"), (504, "redis_unavailable"))
 
 
 class metrics_meter:
-    """O que o programa conta para as métricas e o servidor que as mostra."""
+    """O que o programa conta para as métricas."""
 
-    def __init__(self, listener):
-        """Começa a contar e a servir.
+    def __init__(self):
+        """Cria as métricas, todas em zero."""
+        # O instante em que cada série nasceu seria outra série, que nenhum painel usa.
+        os.environ["PROMETHEUS_DISABLE_CREATED_SERIES"] = "true"
+        # Importado só aqui: sem métricas, o módulo pode nem existir.
+        import prometheus_client
+
+        registry = prometheus_client.CollectorRegistry()
+        options = {"namespace": "ndjson_proxy", "registry": registry}
+        counter = functools.partial(prometheus_client.Counter, **options)
+        gauge = functools.partial(prometheus_client.Gauge, **options)
+        histogram = functools.partial(prometheus_client.Histogram, **options)
+        # O que os streams e as requisições contam.
+        self.lines = counter("lines", "Linhas enviadas, as de erro inclusive.")
+        self.bytes = counter("sent_bytes", "Bytes de linhas enviados.")
+        self.unheard = counter("tasks_unheard", "Tarefas publicadas sem ninguém no canal nem fila.")
+        self.first_line = histogram("first_line_seconds", "Da requisição à primeira linha.", buckets=first_line_limits)
+        self.duration = histogram("stream_seconds", "Da requisição ao fim do streaming.", buckets=duration_limits)
+        tasks = counter("tasks", "Tarefas terminadas, por motivo do fim.", ["reason"])
+        self.ends = {name: tasks.labels(name) for name in end_reasons}
+        self.refusals = counter("requests_refused", "Requisições recusadas antes do streaming.", ["status", "reason"])
+        for status, code in (*refusal_codes, *((status, code) for status, (code, _) in error_codes.items())):
+            self.refusals.labels(str(status), code)
+        # O que o laço conta de si.
+        self.lag = histogram("collector_lag_seconds", "Atraso do laço em relação ao que venceu.", buckets=lag_limits)
+        self.rounds = histogram("collector_round_seconds", "Duração de uma ida ao Redis.", buckets=round_limits)
+        self.commands = histogram("collector_round_commands", "Comandos em uma ida ao Redis.", buckets=command_limits)
+        # O que se lê na hora.
+        gauge("info", "Versão e servidor HTTP.", ["version", "server"]).labels(version, HTTP_SERVER).set(1)
+        for name, text, read in (
+            ("streams", "Streams vivos.", lambda: len(live)),
+            ("streams_limit", "MAX_STREAMS, ou menos se faltam descritores.", lambda: gate.limit),
+            ("threads", "Threads do processo.", threading.active_count),
+            ("redis_up", "1 se o Redis responde.", lambda: int(not link.is_down)),
+            ("redis_wake_up", "1 se o Redis avisa as mudanças (REDIS_WAKE).", lambda: int(link.is_tracked)),
+        ):
+            gauge(name, text).set_function(read)
+        self.cuts = counter("redis_cuts", "Quedas do Redis ou da conexão com ele.")
+        self.returns = counter("redis_reconnects", "Voltas do Redis.")
+        prometheus_client.ProcessCollector(namespace="ndjson_proxy", registry=registry)
+        self.application = prometheus_client.make_wsgi_app(registry)
+
+    def round(self, done):
+        """Conta uma ida ao Redis.
+
+        Argumentos:
+            done (exchange): comandos já respondidos.
+        """
+        self.commands.observe(done.count)
+        self.rounds.observe(loop.time() - done.sent_at)
+
+    def serve(self, listener):
+        """Serve as métricas, em uma thread, com o waitress.
 
         Argumentos:
             listener (socket.socket): socket escutando em METRICS_HOST e METRICS_PORT.
         """
-        # Importado só aqui: sem métricas, o módulo pode nem existir.
-        import prometheus_client
-        import prometheus_client.core
-
-        self.library = prometheus_client
-        self.lock = threading.Lock()
-        self.live = {}
-        self.ends = dict.fromkeys(end_reasons, 0)
-        known = (*refusal_codes, *((status, code) for status, (code, _) in error_codes.items()))
-        self.refusals = dict.fromkeys(sorted(known), 0)
-        self.lines = self.bytes = self.unheard = 0
-        self.first_line, self.duration = histogram(first_line_limits), histogram(duration_limits)
-        self.rounds, self.commands = histogram(round_limits), histogram(command_limits)
-        self.lag = histogram(lag_limits)
-        registry = prometheus_client.CollectorRegistry()
-        registry.register(self)
-        prometheus_client.ProcessCollector(namespace="ndjson_proxy", registry=registry)
-        handler = prometheus_client.MetricsHandler.factory(registry)
-        handler.timeout = metrics_timeout
-        handler.version_string = lambda self: SERVERNAME
-        self.server = metrics_server(listener, handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.1,), name="métricas", daemon=True)
-        self.thread.start()
+        server = waitress.create_server(self.application, sockets=[listener], ident=SERVERNAME, threads=1,
+                                        asyncore_use_poll=True, channel_timeout=10, log_socket_errors=False)
+        threading.Thread(target=server.run, name="métricas", daemon=True).start()
         log.info("métricas: http://%s:%d/metrics", url_host(METRICS_HOST), METRICS_PORT)
-
-    def stop(self):
-        """Deixa de servir e fecha a porta."""
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-    # -- contagem ---------------------------------------------------------------
-
-    def begin(self, stream):
-        """Passa a somar as linhas de um stream enquanto ele vive.
-
-        Argumentos:
-            stream (stream): stream cuja tarefa foi aceita.
-        """
-        with self.lock:
-            self.live[stream] = None
-
-    def finish(self, stream, duration):
-        """Conta o fim de um stream.
-
-        Argumentos:
-            stream (stream): stream encerrado.
-            duration (float): da requisição ao fim, em segundos.
-        """
-        with self.lock:
-            if stream not in self.live:
-                # O Redis recusou a tarefa: já foi contada como recusa.
-                return
-            del self.live[stream]
-            self.ends[stream.reason] += 1
-            self.lines += stream.lines
-            self.bytes += stream.bytes
-            self.duration.observe(duration)
-
-    def note_first_line(self, seconds):
-        """Conta a primeira linha de um stream.
-
-        Argumentos:
-            seconds (float): da requisição a ela.
-        """
-        with self.lock:
-            self.first_line.observe(seconds)
-
-    def note_refusal(self, status, code):
-        """Conta um erro respondido antes do streaming.
-
-        Argumentos:
-            status (int): status HTTP.
-            code (str): código do erro.
-        """
-        with self.lock:
-            self.refusals[status, code] = self.refusals.get((status, code), 0) + 1
-
-    def note_unheard(self):
-        """Conta uma tarefa publicada sem ninguém ouvindo."""
-        with self.lock:
-            self.unheard += 1
-
-    def note_round(self, commands, seconds):
-        """Conta uma ida ao Redis; só o coletor chama, e por isso sem trava.
-
-        Argumentos:
-            commands (int): comandos enviados.
-            seconds (float): de reunir os comandos à última resposta.
-        """
-        self.commands.observe(commands)
-        self.rounds.observe(seconds)
-
-    def note_wake(self, moment, now):
-        """Conta o atraso do coletor; só ele chama, e por isso sem trava.
-
-        Argumentos:
-            moment (float): quando havia algo a fazer; 0.0 se já havia, ou infinito.
-            now (float): quando ele acordou.
-        """
-        if 0.0 < moment <= now:
-            self.lag.observe(now - moment)
-
-    # -- leitura ----------------------------------------------------------------
-
-    def collect(self):
-        """Lê tudo; é o que o prometheus_client chama a cada consulta.
-
-        Retorna:
-            iterator: famílias de métricas.
-        """
-        with self.lock:
-            lines = self.lines + sum(stream.lines for stream in self.live)
-            size = self.bytes + sum(stream.bytes for stream in self.live)
-            ends = [((name,), count) for name, count in self.ends.items()]
-            refusals = [((str(status), code), count) for (status, code), count in self.refusals.items()]
-            first_line = self.histogram("first_line_seconds", "Da requisição à primeira linha.", self.first_line)
-            duration = self.histogram("stream_seconds", "Da requisição ao fim do streaming.", self.duration)
-        yield first_line
-        yield duration
-        yield self.labelled("info", "Versão e servidor HTTP.", ("version", "server"), [((version, HTTP_SERVER), 1)])
-        yield self.gauge("streams", "Streams vivos.", gate.alive)
-        yield self.gauge("streams_limit", "MAX_STREAMS, ou menos se faltam descritores.", gate.limit)
-        yield self.gauge("threads", "Threads do processo.", threading.active_count())
-        yield self.labelled("tasks", "Tarefas terminadas, por motivo do fim.", ("reason",), ends, is_counter=True)
-        yield self.labelled("requests_refused", "Requisições recusadas antes do streaming.", ("status", "reason"),
-                            refusals, is_counter=True)
-        yield self.counter("lines", "Linhas enviadas, as de erro inclusive.", lines)
-        yield self.counter("sent_bytes", "Bytes de linhas enviados.", size)
-        yield self.counter("tasks_unheard", "Tarefas publicadas sem ninguém no canal nem fila.", self.unheard)
-        yield from self.collect_redis()
-
-    def collect_redis(self):
-        """Lê o que diz respeito ao Redis e ao coletor.
-
-        Retorna:
-            iterator: famílias de métricas.
-        """
-        yield self.gauge("redis_up", "1 se o Redis responde.", int(not hub.is_down))
-        yield self.counter("redis_cuts", "Quedas do Redis ou da conexão com ele.", hub.cuts)
-        yield self.counter("redis_reconnects", "Voltas do Redis.", hub.returns)
-        yield self.gauge("redis_wake_up", "1 se o Redis avisa as mudanças (REDIS_WAKE).", int(hub.is_tracked))
-        yield self.histogram("collector_round_seconds", "Duração de uma ida ao Redis.", self.rounds)
-        yield self.histogram("collector_round_commands", "Comandos em uma ida ao Redis.", self.commands)
-        yield self.histogram("collector_lag_seconds", "Atraso do coletor em relação ao que venceu.", self.lag)
-
-    def gauge(self, name, text, value):
-        """Monta um valor que sobe e desce.
-
-        Argumentos:
-            name (str): nome sem o prefixo.
-            text (str): descrição.
-            value (float): valor.
-        Retorna:
-            prometheus_client.core.GaugeMetricFamily: a família.
-        """
-        return self.library.core.GaugeMetricFamily(f"ndjson_proxy_{name}", text, value=value)
-
-    def counter(self, name, text, value):
-        """Monta um valor que só sobe.
-
-        Argumentos:
-            name (str): nome sem o prefixo nem "_total".
-            text (str): descrição.
-            value (float): valor.
-        Retorna:
-            prometheus_client.core.CounterMetricFamily: a família.
-        """
-        return self.library.core.CounterMetricFamily(f"ndjson_proxy_{name}", text, value=value)
-
-    def labelled(self, name, text, labels, rows, is_counter=False):
-        """Monta um valor por combinação de rótulos.
-
-        Argumentos:
-            name (str): nome sem o prefixo.
-            text (str): descrição.
-            labels (tuple): nomes dos rótulos.
-            rows (list): pares (valores dos rótulos, valor).
-            is_counter (bool): verdadeiro se os valores só sobem.
-        Retorna:
-            prometheus_client.core.Metric: a família.
-        """
-        core = self.library.core
-        form = core.CounterMetricFamily if is_counter else core.GaugeMetricFamily
-        family = form(f"ndjson_proxy_{name}", text, labels=labels)
-        for values, value in rows:
-            family.add_metric(values, value)
-        return family
-
-    def histogram(self, name, text, source):
-        """Monta uma distribuição.
-
-        Argumentos:
-            name (str): nome sem o prefixo.
-            text (str): descrição.
-            source (histogram): os valores contados.
-        Retorna:
-            prometheus_client.core.HistogramMetricFamily: a família.
-        """
-        return self.library.core.HistogramMetricFamily(
-            f"ndjson_proxy_{name}", text, buckets=source.buckets(), sum_value=source.total
-        )
 
 
 # =============================================================================
@@ -5310,36 +3253,12 @@ class metrics_meter:
 # =============================================================================
 
 stop_signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-hub: collector
-gate = stream_gate()
-meter = None
-
-
-class stop_switch:
-    """Pedido de parada: o sinal só interrompe a thread principal quando ela espera."""
-
-    is_requested = False
-    is_busy = False
-
-
-stop = stop_switch()
-
-
-def handle_signal(number, frame):
-    """Pede a parada; um segundo sinal encerra na hora, pela ação padrão.
-
-    Argumentos:
-        number (int): número do sinal.
-        frame (frame): quadro interrompido.
-    Levanta:
-        KeyboardInterrupt: se nenhuma conexão está sendo aceita; é como o laço do
-            werkzeug aceita parar. Senão, service_actions a levanta em seguida.
-    """
-    for each in stop_signals:
-        signal.signal(each, signal.SIG_DFL)
-    stop.is_requested = True
-    if not stop.is_busy:
-        raise KeyboardInterrupt
+# Tempo, em segundos, que cada etapa da parada espera sem ver progresso.
+stop_patience = 1.0
+loop: asyncio.AbstractEventLoop
+link: redis_link
+log_writer: logging.handlers.QueueListener
+meter: metrics_meter | None = None
 
 
 def shown_value(row, given):
@@ -5356,57 +3275,6 @@ def shown_value(row, given):
     if row.name == "REDIS_SERVER":
         return REDIS_SERVER.shown
     return given.text
-
-
-def secret_places(argv):
-    """Acha os segredos na linha de comando, também os que um argumento posterior trocou.
-
-    Argumentos:
-        argv (list[str]): argumentos, sem o nome do programa.
-    Retorna:
-        list: pares (posição do argumento, início do segredo dentro dele, em bytes).
-    """
-    owners = {flag: row for row in settings if row.secret or row.name == "REDIS_SERVER" for flag in row.flags}
-    # O valor vem na palavra seguinte, ou na mesma: -Svalor, --secret=valor.
-    prefixes = {flag + "=" if flag.startswith("--") else flag: row for flag, row in owners.items()}
-    places, owner = [], None
-    for position, word in enumerate(argv):
-        prefix = "" if owner else next((prefix for prefix in prefixes if word.startswith(prefix)), "")
-        row = owner or prefixes.get(prefix)
-        # O endereço que outro argumento trocou ninguém conferiu: cobre-se o que possa ter senha.
-        if row and (row.secret or re.search("@|password", urllib.parse.unquote(word[len(prefix):]))):
-            places.append((position, len(prefix)))
-        owner = None if owner else owners.get(word)
-    return places
-
-
-def hide_secrets(argv):
-    """Cobre com asteriscos os segredos que a lista de processos mostra.
-
-    É o que se pode fazer depois de iniciado, e onde o sistema não deixa nada muda: o
-    lugar de um segredo é o arquivo.
-
-    Argumentos:
-        argv (list[str]): argumentos, sem o nome do programa.
-    """
-    places = secret_places(argv)
-    if not places:
-        return
-    try:
-        with open("/proc/self/stat", "rb") as file:
-            # Campos 48 e 49, depois do nome do processo, que pode ter espaços.
-            start, end = map(int, file.read().rpartition(b")")[2].split()[45:47])
-        # Um endereço errado aqui é um erro de leitura; com um ponteiro, seria o fim.
-        with open("/proc/self/mem", "r+b", buffering=0) as memory:
-            memory.seek(start)
-            words = memory.read(end - start).removesuffix(b"\0").split(b"\0")
-            first = len(words) - len(argv)
-            for position, begin in places:
-                before = sum(len(word) + 1 for word in words[:first + position])
-                memory.seek(start + before + begin)
-                memory.write(b"*" * (len(words[first + position]) - begin))
-    except (OSError, ValueError) as error:
-        log.debug("os segredos continuam à vista na lista de processos: %s", reason(error))
 
 
 def show(text):
@@ -5460,97 +3328,13 @@ def check(given):
         OSError: se a saída padrão falhar.
     """
     show("\n".join(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})" for row in settings))
-    link = redis_link(redis_pool(), f"{program}-check")
+    status, sentence = 0, f"Redis em {REDIS_SERVER.shown}: respondeu ao PING"
     try:
-        link.open()
-        error = first_error(link.call([("PING",)]))
-    except (redis.RedisError, OSError) as failure:
-        error = failure
-    link.close()
-    status, sentence = redis_problem(error, given) if error else (0, f"Redis em {REDIS_SERVER.shown}: respondeu ao PING")
+        redis.Redis(connection_pool=redis_pool()).ping()
+    except (redis.RedisError, OSError) as error:
+        status, sentence = redis_problem(error, given)
     show(sentence)
     return status
-
-
-def wait_while_falling(count):
-    """Espera uma contagem chegar a zero, enquanto ela diminui.
-
-    Milhares de streams levam segundos para receber a última linha; um cliente que
-    não lê nunca a recebe, e não pode segurar a parada.
-
-    Argumentos:
-        count (callable): devolve a contagem.
-    """
-    left, deadline = count(), time.monotonic() + shutdown_patience
-    while left and time.monotonic() < deadline:
-        time.sleep(0.02)
-        now = count()
-        if now < left:
-            left, deadline = now, time.monotonic() + shutdown_patience
-
-
-def stop_service(unfinished):
-    """Encerra os streams vivos dentro do prazo e apaga suas chaves.
-
-    Argumentos:
-        unfinished (callable): devolve o número de conexões não terminadas.
-    """
-    # O prazo do systemd acompanha DRAIN, seja qual for o TimeoutStopSec da unidade.
-    notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(DRAIN + 10000) * 1000}")
-    gate.close()
-    alive = gate.alive
-    log.info("parando: %s", f"{plural(alive, 'stream tem', 'streams têm')} até {DRAIN} ms para acabar" if alive else
-             "nenhum stream vivo")
-    if not gate.wait_empty(DRAIN / 1000):
-        hub.broadcast(ended_shutdown)
-        wait_while_falling(lambda: gate.alive)
-    wait_while_falling(unfinished)
-    hub.stop(shutdown_patience)
-    if meter is not None:
-        meter.stop()
-    log.info("parado")
-
-
-# Tempo, em segundos, que cada etapa da parada espera sem ver progresso.
-shutdown_patience = 1.0
-
-
-def keep_one_core():
-    """Prende o processo a um dos núcleos que ele pode usar.
-
-    Com vários proxies no mesmo servidor, o número do processo os espalha.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) == 1:
-        return
-    try:
-        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})
-    except OSError as error:
-        # A unidade do systemd nega esta chamada; lá, quem escolhe é CPUAffinity=.
-        level = logging.DEBUG if "INVOCATION_ID" in os.environ else logging.INFO
-        log.log(level, "ONE_CORE: o sistema não deixa escolher o núcleo: %s", reason(error))
-
-
-def listener_problem(error, given, server):
-    """Descreve por que um servidor não pode escutar.
-
-    Argumentos:
-        error (OSError): falha de open_listener.
-        given (dict): texto e camada de cada configuração.
-        server (str): HTTP ou METRICS, o início do nome das configurações dele.
-    Retorna:
-        tuple: (status de saída, frase): 2 se o nome não existe, o que nenhuma espera
-        conserta; 1 nos outros casos.
-    """
-    (host, host_layer), (port, port_layer) = (
-        (globals()[name], f"({given[name].layer})") for name in (f"{server}_HOST", f"{server}_PORT")
-    )
-    if isinstance(error, socket.gaierror):
-        status = 1 if error.errno == socket.EAI_AGAIN else 2
-        return status, f"{server}_HOST: o valor {host!r} {host_layer} não serve: {reason(error)}"
-    if error.errno == errno.EADDRNOTAVAIL:
-        return 1, f"{server}_HOST: o endereço {host} {host_layer} não pode ser aberto: {reason(error)}"
-    return 1, f"{server}_PORT: a porta {port} {port_layer} em {host} não pode ser aberta: {reason(error)}"
 
 
 def open_listeners(given):
@@ -5559,31 +3343,107 @@ def open_listeners(given):
     Argumentos:
         given (dict): texto e camada de cada configuração.
     Retorna:
-        tuple: (status de saída se algum não abriu, ou 0; lista de sockets).
+        tuple: (status de saída se algum não abriu, ou 0; lista de sockets): 2 se o nome não
+        existe, o que nenhuma espera conserta; 1 nos outros casos.
     """
     listeners = []
     for server in ("HTTP", "METRICS") if METRICS_PORT else ("HTTP",):
+        (host, host_layer), (port, port_layer) = (
+            (globals()[name], f"({given[name].layer})") for name in (f"{server}_HOST", f"{server}_PORT")
+        )
         try:
-            listeners.append(open_listener(globals()[f"{server}_HOST"], globals()[f"{server}_PORT"]))
+            listeners.append(open_listener(host, port))
+        except socket.gaierror as error:
+            log.error("%s_HOST: o valor %r %s não serve: %s", server, host, host_layer, reason(error))
+            return (1 if error.errno == socket.EAI_AGAIN else 2), []
         except OSError as error:
-            status, sentence = listener_problem(error, given, server)
-            log.error("%s", sentence)
-            return status, []
+            if error.errno == errno.EADDRNOTAVAIL:
+                log.error("%s_HOST: o endereço %s %s não pode ser aberto: %s", server, host, host_layer, reason(error))
+            else:
+                log.error("%s_PORT: a porta %s %s em %s não pode ser aberta: %s", server, port, port_layer, host,
+                          reason(error))
+            return 1, []
     return 0, listeners
 
 
-def url_host(host):
-    """Escreve um endereço como as URLs o pedem.
+async def settle(count):
+    """Espera uma contagem chegar a zero, enquanto ela diminui.
+
+    Milhares de streams levam segundos para receber a última linha; um cliente que
+    não lê nunca a recebe, e não pode segurar a parada.
 
     Argumentos:
-        host (str): endereço ou nome.
-    Retorna:
-        str: o IPv6 entre colchetes; o resto como veio.
+        count (callable): devolve a contagem.
     """
-    return f"[{host}]" if ":" in host else host
+    left, deadline = count(), loop.time() + stop_patience
+    while left and loop.time() < deadline:
+        await asyncio.sleep(0.01)
+        now = count()
+        if now < left:
+            left, deadline = now, loop.time() + stop_patience
 
 
-def serve(given):
+def unsent():
+    """Conta o que ainda falta dizer aos clientes.
+
+    Retorna:
+        int: streams vivos, bytes que seus clientes não leram e respostas que as threads fazem.
+    """
+    transports = [each.client.transport for each in runners.values() if each.client and each.client.transport]
+    waiting = sum(due == math.inf for due in list(arrivals.values()))
+    return len(live) + sum(each.get_write_buffer_size() for each in transports) + waiting
+
+
+async def stop_service(listener):
+    """Deixa de escutar, encerra os streams vivos dentro do prazo e apaga suas chaves.
+
+    Argumentos:
+        listener (socket.socket): socket escutando.
+    """
+    # O prazo do systemd acompanha DRAIN, seja qual for o TimeoutStopSec da unidade.
+    notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(DRAIN + 10000) * 1000}")
+    gate.is_closed = True
+    # Quem aceita conexões nos dois servidores vê este socket parar, e para.
+    listener.shutdown(socket.SHUT_RDWR)
+    count = len(live)
+    log.info("parando: %s", f"{plural(count, 'stream tem', 'streams têm')} até {DRAIN} ms para acabar" if count else
+             "nenhum stream vivo")
+    deadline = loop.time() + DRAIN / 1000
+    while live and loop.time() < deadline:
+        await asyncio.sleep(0.01)
+    for each in list(live):
+        each.end(ended_shutdown)
+    await settle(unsent)
+    await settle(lambda: len(removals))
+    log.info("parado")
+
+
+def request_stop(stopping):
+    """Pede a parada; um segundo sinal encerra na hora, pela ação padrão.
+
+    Argumentos:
+        stopping (asyncio.Future): o que a parada espera.
+    """
+    for each in stop_signals:
+        loop.remove_signal_handler(each)
+        signal.signal(each, signal.SIG_DFL)
+    stopping.set_result(None)
+
+
+def tell_fault(_, context):
+    """Registra uma falha que nenhuma corrotina tratou.
+
+    Argumentos:
+        _ (asyncio.AbstractEventLoop): sem uso.
+        context (dict): o que o asyncio diz dela.
+    """
+    error = context.get("exception")
+    # Uma resposta que ninguém mais espera falhou com a conexão.
+    if not isinstance(error, (*redis_failures, OSError)):
+        log.error("falha interna no laço: %s: %s", context["message"], error)
+
+
+async def serve(given):
     """Conecta ao Redis, abre a porta e atende até o sinal de parada.
 
     Argumentos:
@@ -5592,10 +3452,12 @@ def serve(given):
         int: 0 se parou por um sinal; 1 se o Redis ou a porta não atenderam; 2 se o
         database ou o endereço não existem.
     """
-    global hub, meter
-    hub = collector()
+    global link, loop, meter
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(tell_fault)
+    link = redis_link()
     try:
-        hub.open_link()
+        await link.open()
     except (redis.RedisError, OSError) as error:
         status, sentence = redis_problem(error, given)
         log.error("%s", sentence)
@@ -5603,26 +3465,26 @@ def serve(given):
     status, listeners = open_listeners(given)
     if status:
         return status
-    listener = listeners[0]
+    raise_descriptor_limit()
+    stopping = loop.create_future()
     for each in stop_signals:
-        signal.signal(each, handle_signal)
-    if ONE_CORE:
-        keep_one_core()
+        loop.add_signal_handler(each, request_stop, stopping)
+    if METRICS_PORT:
+        meter = metrics_meter()
+        meter.serve(listeners[1])
+    for duty in (keep_link, catch_up, cast_net, renew_keys, remove_keys, expire_strangers, keep_systemd_informed,
+                 sweep_late):
+        take_up(duty)
+    threading.Thread(target=run_host, args=(listeners[0],), name=HTTP_SERVER, daemon=True).start()
     # Percorrer os objetos de milhares de streams pararia todos por décimos de
     # segundo; o lixo cíclico deles é jovem, e as duas primeiras gerações o recolhem.
     gc.freeze()
     gc.set_threshold(10000, 20, 1000)
-    hub.start()
-    if METRICS_PORT:
-        meter = metrics_meter(listeners[1])
-    try:
-        log.info("pronto: http://%s:%d (%s), Redis em %s", url_host(HTTP_HOST), listener.getsockname()[1],
-                 HTTP_SERVER, REDIS_SERVER.shown)
-        notify_systemd("READY=1")
-        unfinished = hosts[HTTP_SERVER](listener)
-    except KeyboardInterrupt:
-        unfinished = int
-    stop_service(unfinished)
+    log.info("pronto: http://%s:%d (%s), Redis em %s", url_host(HTTP_HOST), listeners[0].getsockname()[1],
+             HTTP_SERVER, REDIS_SERVER.shown)
+    notify_systemd("READY=1")
+    await stopping
+    await stop_service(listeners[0])
     return 0
 
 
@@ -5634,7 +3496,8 @@ def main(argv):
     Retorna:
         int: status de saída: 0 parada limpa, 1 Redis, porta ou saída, 2 configuração.
     """
-    configure_logging("info")
+    global log_writer
+    log_writer = configure_logging()
     # Até o serviço começar, um Ctrl-C encerra como os outros sinais, sem traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -5648,7 +3511,7 @@ def main(argv):
         log.setLevel(LOG_LEVEL.upper())
         for warning in warnings:
             log.warning("%s", warning)
-        hide_secrets(argv)
+        check_insides()
         if "check" in actions:
             return check(given)
     except configuration_error as error:
@@ -5657,21 +3520,21 @@ def main(argv):
     except OSError as error:
         log.error("a saída não pode ser escrita: %s", reason(error))
         return 1
-    return serve(given)
+    return asyncio.new_event_loop().run_until_complete(serve(given))
 
 
 def leave(status):
-    """Encerra o processo.
+    """Encerra o processo, depois de dar ao log um instante para escrever o que resta.
 
-    As threads dos clientes que restam não podem prender o fim do interpretador: tudo
-    o que importa já foi enviado, apagado e registrado.
+    As threads que restam não podem prender o fim do interpretador: tudo o que importa já
+    foi enviado, apagado e registrado.
 
     Argumentos:
         status (int): status de saída.
     """
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, log_queue):
-            handler.drain()
+    last = threading.Thread(target=log_writer.stop, daemon=True)
+    last.start()
+    last.join(log_patience)
     os._exit(status)
 
 
