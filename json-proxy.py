@@ -41,8 +41,8 @@ Quem é dono do quê
       monta o cabeçalho e entrega o socket ----------> stream.adopt: daqui em diante o socket
       sai por handed_over, e esquece                   é de um client; stream.relay o serve
 
-    Um socket tem um dono de cada vez, e muda de dono em um lugar só (hand_over): por
-    isso não há trava nem fila por stream. Um stream é uma corrotina: relay é o laço da
+    Um socket tem um dono de cada vez, e só muda de dono em hand_over (e em dismiss, o de
+    uma requisição recusada): por isso não há trava nem fila por stream. Um stream é uma corrotina: relay é o laço da
     especificação, e o `finally` de run é o único fim, venha ele de onde vier.
 
 Como uma linha viaja
@@ -243,7 +243,7 @@ def parse_switch(text):
         raise ValueError(text) from None
 
 
-def parse_json_line(text):
+def parse_line(text):
     """Lê uma mensagem que será enviada como uma única linha.
 
     Argumentos:
@@ -465,7 +465,7 @@ name_kind = pattern(name_expression, "um texto sem espaços, de um caractere ou 
 queue_kind = pattern(f"({name_expression})?", "vazio ou um texto sem espaços")
 host_kind = kind(parse_host, "um endereço IP (IPv6 sem colchetes) ou o nome desta máquina")
 header_kind = pattern(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", "um texto ASCII imprimível, de uma só linha")
-line_kind = kind(parse_json_line, "um texto que não seja vazio")
+line_kind = kind(parse_line, "um texto que não seja vazio")
 switch_kind = kind(parse_switch, "on ou off")
 tokens_kind = kind(parse_tokens, "vazio, ou um ou mais tokens em ASCII visível, separados por vírgula ou espaço")
 names_kind = kind(parse_header_names, "vazio, none ou nomes de cabeçalhos separados por vírgula ou espaço")
@@ -694,7 +694,7 @@ def read_env_file(path, required):
     except UnicodeDecodeError as error:
         raise configuration_error(f"ENV_FILE: o arquivo {path} não está em UTF-8 (byte {error.start})") from None
     except OSError as error:
-        raise configuration_error(f"ENV_FILE: o arquivo {path} não pode ser lido: {reason(error)}") from None
+        raise configuration_error(f"ENV_FILE: o arquivo {path} não pode ser lido: {cause_of(error)}") from None
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
         if binding.error or (binding.key is not None and binding.value is None):
             raise configuration_error(
@@ -794,10 +794,10 @@ def load_settings(argv, environ):
             upper[row.name] = layered(arguments[row.name], f"argumento {row.flags[-1]}")
     named = parse_setting(settings[-1], upper.get("ENV_FILE", given["ENV_FILE"]))
     warnings = []
-    *common, last = named.split(":")
-    for path in (*common, last):
+    paths = named.split(":")
+    for path in paths:
         # Só o último arquivo que o operador nomeou precisa existir.
-        values = read_env_file(path, required=path == last and "ENV_FILE" in upper)
+        values = read_env_file(path, required=path == paths[-1] and "ENV_FILE" in upper)
         warnings += unknown_names(values, path)
         if values.pop("ENV_FILE", named) != named:
             warnings.append(f"ENV_FILE, dentro do arquivo {path}, não tem efeito")
@@ -811,7 +811,7 @@ def load_settings(argv, environ):
     check_combinations(given)
     warnings += [
         f"{row.name}: o argumento {row.flags[-1]} deixa o segredo à vista na lista de processos; "
-        f"o lugar dele é o arquivo {last}" for row in secret_arguments(arguments)
+        f"o lugar dele é o arquivo {paths[-1]}" for row in secret_arguments(arguments)
     ]
     return actions, given, warnings
 
@@ -979,7 +979,7 @@ def warn_rarely(text, subject=None):
     log.warning("%s%s", text, f" (e outras {count} vezes desde o último aviso)" if count else "")
 
 
-def reason(error):
+def cause_of(error):
     """Diz por que algo falhou, com as palavras do sistema, do TLS ou do Redis.
 
     Argumentos:
@@ -1015,7 +1015,7 @@ def notify_systemd(state):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             channel.sendto(state.encode(), re.sub("^@", "\0", address))
     except OSError as error:
-        log.debug("o systemd não recebeu a notificação: %s", reason(error))
+        log.debug("o systemd não recebeu a notificação: %s", cause_of(error))
 
 
 # =============================================================================
@@ -1026,8 +1026,8 @@ def notify_systemd(state):
 redis_timeout = 2.0
 # Enquanto ele está fora do ar, quanto tempo, em segundos, uma requisição espera pela volta.
 down_patience = 0.25
-# Tempo, em segundos, sem nenhum comando até um PING provar que a conexão vive.
-idle_ping = 15.0
+# A cada quanto, em segundos, um PING prova que a conexão vive.
+idle_ping = 30.0
 # Tamanho, em bytes, de uma leitura da conexão.
 receive_size = 65536
 # Limites de uma retirada com PAUSE=0: maiores rendem mais linhas por segundo, mas seguram
@@ -1151,7 +1151,7 @@ class redis_link:
         self.outgoing, self.is_blocked = bytearray(), False
         # Bytes recebidos ainda sem resposta inteira, e o mínimo que falta a ela.
         self.incoming, self.missing = [], 1
-        # Trocas à espera de resposta, e quando a rede avançou no meio de uma delas.
+        # Trocas à espera de resposta, e quando a rede avançou por último: uma resposta longa não é um Redis mudo.
         self.pending, self.moved_at = collections.deque(), 0.0
         # Aberta e pronta; um pedido de pressa para reabrir; o resultado da próxima tentativa; a causa da queda.
         self.up, self.hurry = asyncio.Event(), asyncio.Event()
@@ -1193,13 +1193,13 @@ class redis_link:
         for reply in (pong, trial):
             if isinstance(reply, Exception) and (reply is pong or is_passing(reply)):
                 raise reply
-        refusal = loaded
+        denied = loaded
         if isinstance(loaded, bytes):
             # Quem pode carregar um script pode não poder rodá-lo. Um pedido atrasado (-1) não tira nada.
-            refusal, = await self.send(("EVALSHA", loaded, 3, *[REDIS_LIST_PREFIX + "?"] * 3, -1, 0, 0, REDIS_TTL))
-        self.take_head = b"" if isinstance(refusal, Exception) else pack_words("EVALSHA", loaded, 3)
+            denied, = await self.send(("EVALSHA", loaded, 3, *[REDIS_LIST_PREFIX + "?"] * 3, -1, 0, 0, REDIS_TTL))
+        self.take_head = b"" if isinstance(denied, Exception) else pack_words("EVALSHA", loaded, 3)
         if not self.take_head:
-            warn_rarely(f"o Redis não aceita scripts ({reason(refusal)}): as linhas são tiradas com LPOP simples, "
+            warn_rarely(f"o Redis não aceita scripts ({cause_of(denied)}): as linhas são tiradas com LPOP simples, "
                         "e uma queda da conexão pode perder a que estava a caminho")
         if REDIS_WAKE:
             # Em RESP2 o Redis aceitaria o pedido, e trabalharia por avisos que não tem como mandar.
@@ -1207,14 +1207,14 @@ class redis_link:
             # O Redis recusa prefixos que se sobrepõem; o mais curto abrange o outro.
             kept = [p for i, p in enumerate(prefixes) if not p.startswith(tuple(prefixes[:i]))]
             words = [word for prefix in kept for word in ("PREFIX", prefix)]
-            refusal = first_error(await self.send(("HELLO", 3))) or first_error(
+            denied = first_error(await self.send(("HELLO", 3))) or first_error(
                 await self.send(("CLIENT", "TRACKING", "ON", "BCAST", *words, "NOLOOP")))
-            self.is_tracked = refusal is None
-            if refusal and not self.is_mute:
-                log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", reason(refusal))
-            elif self.is_mute and not refusal:
+            self.is_tracked = denied is None
+            if denied and not self.is_mute:
+                log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", cause_of(denied))
+            elif self.is_mute and not denied:
                 log.info("REDIS_WAKE: avisos do Redis restabelecidos")
-            self.is_mute = refusal is not None
+            self.is_mute = denied is not None
 
     def lose(self, error):
         """Fecha a conexão; quem esperava por uma resposta recebe a falha.
@@ -1297,10 +1297,10 @@ class redis_link:
         except OSError as error:
             self.lose(error)
             return
+        self.moved_at = loop.time()
         if self.missing > 0:
             # Uma linha de muitos MB chega em milhares de pedaços: juntá-los um a um custaria o
             # quadrado do tamanho.
-            self.moved_at = loop.time()
             return
         try:
             self.distribute(b"".join(self.incoming))
@@ -1349,11 +1349,12 @@ class redis_link:
         Retorna:
             list: as respostas, com os erros do Redis no lugar das suas.
         """
-        while commands:
+        if not commands:
+            return []
+        while True:
             await self.up.wait()
             with contextlib.suppress(*redis_failures):
                 return await self.send(*commands)
-        return []
 
     async def ready(self):
         """Espera a conexão de que uma requisição precisa; se caiu, apressa a próxima tentativa.
@@ -1492,7 +1493,7 @@ async def redis_ping():
         except (redis.RedisError, OSError):
             return False
         if answer != b"PONG":
-            warn_rarely(f"o Redis recusou o PING: {reason(answer)}")
+            warn_rarely(f"o Redis recusou o PING: {cause_of(answer)}")
         return answer == b"PONG"
     return False
 
@@ -1606,11 +1607,11 @@ def client_address(environ):
         str: o endereço a TRUST_PROXY elementos da direita, ou o mais à esquerda se são
         menos; o de quem se conectou se TRUST_PROXY é 0 ou se não é um endereço.
     """
-    direct = environ.get("REMOTE_ADDR", "-")
+    direct = environ.get("REMOTE_ADDR", "-").removeprefix("::ffff:")
     if not TRUST_PROXY:
         return direct
-    hops = environ.get("HTTP_X_FORWARDED_FOR", "").rsplit(",", TRUST_PROXY)
-    return forwarded_address(hops[-min(TRUST_PROXY, len(hops))]) or direct
+    hops = environ.get("HTTP_X_FORWARDED_FOR", "").split(",")[-TRUST_PROXY:]
+    return forwarded_address(hops[0]) or direct
 
 
 def task_headers(request):
@@ -1634,7 +1635,7 @@ def task_headers(request):
 class task:
     """O pedido de um cliente: o que o worker lê e o que o log diz dele."""
 
-    __slots__ = ("client", "is_chunked", "key", "list", "method", "name", "path", "payload", "started", "taken")
+    __slots__ = ("address", "is_chunked", "key", "list", "method", "name", "path", "payload", "started", "taken")
 
     def __init__(self, request, body):
         """Compõe a tarefa de uma requisição.
@@ -1648,7 +1649,7 @@ class task:
         self.key = (REDIS_PREFIX + self.name).encode()
         self.list = (REDIS_LIST_PREFIX + self.name).encode()
         self.taken = self.list + b":taken"
-        self.client, self.method = client_address(request.environ), request.method
+        self.address, self.method = client_address(request.environ), request.method
         path, query = request_target(request.environ)
         # Acima de 48 KiB o journald parte a linha em duas.
         self.path = path[:200]
@@ -1664,7 +1665,7 @@ class task:
             "method": self.method,
             "path": path,
             "query": query,
-            "remote_addr": self.client,
+            "remote_addr": self.address,
         }
         try:
             content["body"] = body.decode("utf-8")
@@ -1694,6 +1695,7 @@ client_timeout = 60.0
 closing_patience = 1.0
 # Tempo, em segundos, que a última consulta tem depois que MAXTIME se esgota.
 last_take_patience = 0.5
+redis_unavailable = (504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
 last_chunk = b"0\r\n\r\n"
 send_buffer = 262144
 
@@ -1932,10 +1934,11 @@ class stream:
             self.is_late, due = True, now + last_take_patience
             self.wake()
         elif HEARTBEAT:
-            if now >= self.client.sent_at + HEARTBEAT / 1000:
+            # A quem não lê, mais uma só encheria a memória.
+            if now >= self.client.sent_at + HEARTBEAT / 1000 and not self.client.transport.get_write_buffer_size():
                 self.client.transport.write(self.client.frame(HEARTBEAT_LINE + b"\n"))
                 self.client.sent_at = now
-            due = min(due, self.client.sent_at + HEARTBEAT / 1000)
+            due = min(due, max(now, self.client.sent_at) + HEARTBEAT / 1000)
         self.timer = loop.call_at(due, self.tick)
 
     # -- a corrotina -------------------------------------------------------------
@@ -1945,7 +1948,7 @@ class stream:
         try:
             await self.submit()
             await self.receive_socket()
-            self.tick()
+            self.timer = loop.call_soon(self.tick)
             if self.reason is None:
                 self.reason = await self.relay()
         except asyncio.CancelledError:
@@ -1996,9 +1999,8 @@ class stream:
             limit = plural(gate.limit, "stream simultâneo", "streams simultâneos")
             raise refusal(503, "too_many_streams", f"o limite de {limit} foi atingido")
         live[self] = None
-        unavailable = refusal(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
         if not await redis_ping():
-            raise unavailable
+            raise refusal(*redis_unavailable)
         key = self.task.key
         # Antes da gravação: um worker veloz já empurra enquanto a resposta dela volta.
         names[key] = names[self.task.list] = self
@@ -2008,7 +2010,7 @@ class stream:
             replies = await link.send(("MULTI",), ("SET", key, self.task.payload, "EX", REDIS_TTL), *queued,
                                       ("PUBLISH", REDIS_CHANNEL, key), ("EXEC",))
         except redis_failures:
-            raise unavailable from None
+            raise refusal(*redis_unavailable) from None
         self.task.payload = b""
         # Dentro da transação, só a fila pode falhar: não é uma lista.
         error = first_error(replies) or first_error(replies[-1])
@@ -2034,12 +2036,12 @@ class stream:
                 self.waiter = loop.create_future()
                 await self.waiter
             self.is_noticed = False
-            kind, elements = await self.take()
+            key_type, elements = await self.take()
             if elements:
                 self.sequence += 1
                 chunk, lines, skipped, is_word = join_lines(elements)
                 self.client.count(chunk, lines, skipped)
-                if is_word or kind == b"none":
+                if is_word or key_type == b"none":
                     self.tail = chunk
                     return ended_word if is_word else ended_done
                 self.is_noticed = True
@@ -2048,11 +2050,11 @@ class stream:
                 self.is_late, self.last_line = False, loop.time()
                 if PAUSE:
                     await asyncio.sleep(PAUSE / 1000)
-            elif kind == b"none":
+            elif key_type == b"none":
                 return ended_done
-            elif kind not in (b"string", b"list"):
+            elif key_type not in (b"string", b"list"):
                 raise task_key_error(
-                    f"a chave da tarefa foi trocada por um valor do tipo {kind.decode()}: só se aceita uma lista")
+                    f"a chave da tarefa foi trocada por um valor do tipo {key_type.decode()}: só se aceita uma lista")
             elif self.is_late:
                 return ended_timeout
 
@@ -2081,13 +2083,13 @@ class stream:
             *_, reply = await link.insist(("MULTI",), ("TYPE", key), ("LPOP", source), ("EXEC",))
             if error := first_error([reply]) or first_error(reply):
                 raise error
-            kind, line = reply
+            key_type, line = reply
             if line is not None:
                 # Só a próxima consulta dirá se a lista se esvaziou.
                 return b"more", [line]
-            if kind != b"list":
+            if key_type != b"list":
                 break
-        return kind, []
+        return key_type, []
 
     def explain(self, error):
         """Registra um fim por erro e o escreve para o cliente.
@@ -2129,7 +2131,7 @@ class stream:
             meter.duration.observe(now - asked.started)
         log.info(
             "tarefa=%s cliente=%s metodo=%s caminho=%s fim=%s linhas=%d bytes=%d puladas=%d primeira_ms=%s duracao_ms=%d",
-            asked.name, asked.client, asked.method, asked.path, self.reason, sent.lines, sent.bytes, sent.skipped,
+            asked.name, asked.address, asked.method, asked.path, self.reason, sent.lines, sent.bytes, sent.skipped,
             "-" if sent.first_at is None else round((sent.first_at - asked.started) * 1000),
             round((now - asked.started) * 1000),
         )
@@ -2171,6 +2173,16 @@ dead_queued = 200
 duties = set()
 
 
+def spawn(coroutine):
+    """Põe uma corrotina a rodar, e a guarda até que acabe.
+
+    Argumentos:
+        coroutine (coroutine): o que rodar.
+    """
+    duties.add(made := loop.create_task(coroutine))
+    made.add_done_callback(duties.discard)
+
+
 def take_up(duty):
     """Põe um dever a rodar; um defeito nosso é registrado, e ele recomeça.
 
@@ -2188,8 +2200,7 @@ def take_up(duty):
                 log.debug("falha interna", exc_info=True)
                 await asyncio.sleep(1)
 
-    duties.add(made := loop.create_task(keep_doing()))
-    made.add_done_callback(duties.discard)
+    spawn(keep_doing())
 
 
 def slices(items):
@@ -2211,7 +2222,7 @@ async def keep_link():
         while not link.lost.done():
             await asyncio.wait([link.lost], timeout=redis_timeout / 4)
             now = loop.time()
-            if now >= ping_at and not live:
+            if now >= ping_at:
                 ping_at = now + idle_ping
                 link.send(("PING",))
             if link.pending and now > max(link.pending[0].sent_at, link.moved_at) + redis_timeout:
@@ -2247,7 +2258,7 @@ def tell_down(error):
     Argumentos:
         error (Exception): a causa.
     """
-    words = reason(error)
+    words = cause_of(error)
     if not link.is_down:
         link.is_down = True
         log.warning("Redis fora do ar: %s", words)
@@ -2268,8 +2279,8 @@ async def examine(part):
     """
     commands = [(("TYPE", each.task.key), ("EXISTS", each.task.list)) for each in part]
     replies = await link.insist(*itertools.chain.from_iterable(commands))
-    for each, kind, lines in zip(part, replies[::2], replies[1::2], strict=True):
-        if kind != b"string" or lines != 0:
+    for each, key_type, lines in zip(part, replies[::2], replies[1::2], strict=True):
+        if key_type != b"string" or lines != 0:
             each.wake()
 
 
@@ -2296,7 +2307,7 @@ async def renew_keys():
             keys = [each.task.key for each in part] + [each.task.list for each in part if each.is_noticed]
             replies = await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in keys])
             if error := first_error(replies):
-                warn_rarely(f"o Redis não renovou a validade das chaves: {reason(error)}")
+                warn_rarely(f"o Redis não renovou a validade das chaves: {cause_of(error)}")
             # NOLOOP cala a mudança de uma chave que nós também mudamos no mesmo instante, e EXPIRE é mudar.
             await examine(part)
 
@@ -2311,11 +2322,11 @@ async def remove_keys():
         queued = [("LREM", REDIS_QUEUE, 1, key) for key, _, _ in part] if REDIS_QUEUE else []
         replies = await link.insist(("UNLINK", *keys), *queued)
         if isinstance(replies[0], Exception):
-            warn_rarely(f"o Redis não apagou as chaves das tarefas: {reason(replies[0])}")
+            warn_rarely(f"o Redis não apagou as chaves das tarefas: {cause_of(replies[0])}")
             await asyncio.sleep(removal_retry)
             continue
         if error := first_error(replies):
-            warn_rarely(f"REDIS_QUEUE: as tarefas mortas não saem da fila: {reason(error)}")
+            warn_rarely(f"REDIS_QUEUE: as tarefas mortas não saem da fila: {cause_of(error)}")
         for _ in part:
             removals.popleft()
         if not removals:
@@ -2342,7 +2353,7 @@ async def expire_lone(keys):
     """
     replies = await link.insist(*[command for key in keys for command in (("TYPE", key), ("TTL", key))])
     found = zip(keys, replies[::2], replies[1::2], strict=True)
-    lone = [key for key, kind, ttl in found if kind == b"list" and ttl == -1 and key not in names]
+    lone = [key for key, key_type, ttl in found if key_type == b"list" and ttl == -1 and key not in names]
     await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in lone])
 
 
@@ -2357,23 +2368,22 @@ async def look_for_dead():
     """Dá validade às listas sem nenhuma e tira da fila as tarefas mortas."""
     prefixes = (REDIS_LIST_PREFIX.encode(), REDIS_PREFIX.encode())
     # Uma volta só para as duas formas de lista: o que custa é percorrer o banco.
-    pattern = re.sub(r"([*?\[\]\\])", r"\\\1", os.path.commonprefix([REDIS_LIST_PREFIX, REDIS_PREFIX])) + "*"
+    form = re.sub(r"([*?\[\]\\])", r"\\\1", os.path.commonprefix([REDIS_LIST_PREFIX, REDIS_PREFIX])) + "*"
     cursor = None
     while cursor != b"0":
-        reply, = await link.insist(("SCAN", cursor or 0, "MATCH", pattern, "COUNT", dead_keys, "TYPE", "list"))
+        reply, = await link.insist(("SCAN", cursor or 0, "MATCH", form, "COUNT", dead_keys, "TYPE", "list"))
         if isinstance(reply, Exception):
-            warn_rarely(f"as listas órfãs não são procuradas: {reason(reply)}")
+            warn_rarely(f"as listas órfãs não são procuradas: {cause_of(reply)}")
             break
         cursor, found = reply
         await expire_lone([key for key in found if key.startswith(prefixes) and key not in names])
         await asyncio.sleep(dead_pause)
-    start, found = 0, [b""] * dead_queued * bool(REDIS_QUEUE)
-    while len(found) == dead_queued:
+    start, found = 0, [b""]
+    while REDIS_QUEUE and found:
         found, = await link.insist(("LRANGE", REDIS_QUEUE, start, start + dead_queued - 1))
         if isinstance(found, Exception):
-            warn_rarely(f"REDIS_QUEUE: as tarefas mortas não são procuradas na fila: {reason(found)}")
-        if not found or isinstance(found, Exception):
-            break
+            warn_rarely(f"REDIS_QUEUE: as tarefas mortas não são procuradas na fila: {cause_of(found)}")
+            return
         exist = await link.insist(*[("EXISTS", key) for key in found])
         # Do que não é tarefa, posto ali por outro programa, a falta da chave nada diz.
         dead = [key for key, count in zip(found, exist, strict=True) if count == 0 and key.startswith(prefixes[1])]
@@ -2402,8 +2412,11 @@ async def sweep_late():
         now = time.monotonic()
         for connection, due in list(arrivals.items()):
             if due <= now and arrivals.pop(connection, None) is not None:
-                # Quem espera pelo resto da requisição lê o fim dela.
                 with contextlib.suppress(OSError):
+                    if HTTP_SERVER == "waitress":
+                        # Ele fecharia sem uma palavra; no do Flask, é a thread quem responde.
+                        spawn(dismiss(connection.dup(), whole_error(408)))
+                    # Quem espera pelo resto da requisição lê o fim dela.
                     connection.shutdown(socket.SHUT_RD)
 
 
@@ -2547,7 +2560,7 @@ def admit():
         response = flask.Response(status=204, headers=error_headers[405])
         del response.headers["Content-Type"]
         asked = request.headers.get("Access-Control-Request-Method")
-        if asked and len(cors_headers(request.headers.get("Origin"))) > 1:
+        if asked and "Access-Control-Allow-Origin" in dict(cors_headers(request.headers.get("Origin"))):
             response.headers["Access-Control-Allow-Methods"] = ", ".join(stream_methods)
             response.headers["Access-Control-Max-Age"] = "600"
             if wanted := request.headers.get("Access-Control-Request-Headers"):
@@ -2692,7 +2705,7 @@ def streaming():
         made.accepted.result(answer_timeout)
     except TimeoutError:
         loop.call_soon_threadsafe(made.adopt, None, b"")
-        raise refusal(504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes") from None
+        raise refusal(*redis_unavailable) from None
     response.owner = made
     response.headers["X-Task-Name"] = made.task.name
     return response
@@ -2701,8 +2714,9 @@ def streaming():
 # =============================================================================
 # Servidores HTTP e a entrega do socket
 # =============================================================================
-# Os dois rodam como seus autores os fazem, cada um em sua thread; o que aqui se usa de dentro
-# deles, sem estar em seus manuais, está em `insides`, e em nenhum outro lugar do arquivo.
+# Os dois rodam como seus autores os fazem, cada um em sua thread. O que se usa de dentro deles e do
+# redis-py, sem estar em seus manuais, fica todo nesta seção: na tabela insides, conferida no início, e
+# mais WERKZEUG_RUN_MAIN, WERKZEUG_SERVER_FD e os campos requests e error do waitress.
 
 backlog = 4096
 line_limit = 65537
@@ -2764,7 +2778,7 @@ def hand_over(environ, owner, head):
         is_flask = "werkzeug.socket" in environ
         entrusted = socket.socket(fileno=connection.detach()) if is_flask else connection.dup()
     except OSError as error:
-        log.debug("o socket de um cliente não pôde ser entregue: %s", reason(error))
+        log.debug("o socket de um cliente não pôde ser entregue: %s", cause_of(error))
     loop.call_soon_threadsafe(owner.adopt, entrusted, head)
     raise handed_over
 
@@ -2865,7 +2879,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         if self.request_version != "HTTP/1.1":
             # Quem fala HTTP/1.0 não conhece chunks.
             self.protocol_version = "HTTP/1.0"
-        environ = super().make_environ() | {"REQUEST_URI": self.requestline.split(" ")[1]}
+        environ = super().make_environ() | {"REQUEST_URI": self.requestline.split()[1]}
         if cookies := self.headers.get_all("Cookie"):
             # Juntos por vírgula, que pode estar em um valor, não se saberia onde cada um acaba (RFC 9113, 8.2.3).
             environ["HTTP_COOKIE"] = "; ".join(cookies)
@@ -2879,16 +2893,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
             message (str): sem uso.
             explain (str): sem uso.
         """
-        body, fields = error_parts(code)
-        origin = getattr(self, "headers", {}).get("Origin")
-        # Uma linha de requisição sem versão faria o http.server omitir os cabeçalhos.
-        self.request_version = "HTTP/1.0"
-        self.send_response(code)
-        for name, value in (*fields, ("X-Author", author), *cors_headers(origin),
-                            ("Content-Length", str(len(body))), ("Connection", "close")):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(whole_error(code, getattr(self, "headers", {}).get("Origin")))
 
 
 class flask_server(werkzeug.serving.ThreadedWSGIServer):
@@ -2940,6 +2945,20 @@ class flask_server(werkzeug.serving.ThreadedWSGIServer):
             warn_rarely(f"o servidor HTTP não entendeu uma requisição: {type(error).__name__}: {error}", "requisição")
 
 
+def whole_error(status, origin=None):
+    """Escreve a resposta inteira a uma requisição que não chega à aplicação.
+
+    Argumentos:
+        status (int): status HTTP.
+        origin (str): cabeçalho Origin da requisição, ou None.
+    Retorna:
+        bytes: cabeçalho e corpo.
+    """
+    body, fields = error_parts(status)
+    fields += [("X-Author", author), *cors_headers(origin), ("Content-Length", str(len(body)))]
+    return response_head(status, fields) + body
+
+
 async def dismiss(connection, response):
     """Responde a uma recusa e descarta o que o cliente ainda envia: fechar antes apagaria a resposta (RST).
 
@@ -2967,7 +2986,8 @@ class waitress_error:
         Argumentos:
             channel (waitress_channel): conexão cuja requisição foi recusada.
         """
-        self.channel, self.code = channel, channel.requests[0].error.code
+        self.connection, request = channel.socket, channel.requests[0]
+        self.response = whole_error(request.error.code, request.headers.get("ORIGIN"))
 
     def to_response(self, ident=None):
         """Entrega o socket ao laço, quando o waitress pede a resposta.
@@ -2977,12 +2997,7 @@ class waitress_error:
         Levanta:
             handed_over: o socket já não é da thread.
         """
-        body, fields = error_parts(self.code)
-        fields += [("X-Author", author), *cors_headers(self.channel.requests[0].headers.get("ORIGIN")),
-                   ("Content-Length", str(len(body)))]
-        response = response_head(self.code, fields) + body
-        connection = self.channel.socket.dup()
-        loop.call_soon_threadsafe(lambda: take_up(functools.partial(dismiss, connection, response)))
+        loop.call_soon_threadsafe(spawn, dismiss(self.connection.dup(), self.response))
         raise handed_over
 
 
@@ -3088,14 +3103,14 @@ def serve_waitress(listener):
     Argumentos:
         listener (socket.socket): socket escutando.
     """
-    hard, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     server = waitress.create_server(
         app, sockets=[listener], ident=SERVERNAME, threads=waitress_threads, backlog=backlog,
         # Além do limite as conexões esperam na fila do sistema; sem ele, a falta de descritores
         # faria o laço do waitress girar à toa. select() não passa do descritor 1023.
-        connection_limit=max(refusal_descriptors, hard - own_descriptors - gate.limit), asyncore_use_poll=True,
+        connection_limit=max(refusal_descriptors, most - own_descriptors - gate.limit), asyncore_use_poll=True,
         # O prazo do waitress segue o relógio do sistema, que pode voltar no tempo; quem julga é sweep_late.
-        channel_request_lookahead=0, channel_timeout=day,
+        channel_request_lookahead=0, channel_timeout=10**9,
         # O corpo fica na memória, como no servidor do Flask: um arquivo provisório custaria um
         # descritor a mais por conexão, e o disco pode estar cheio.
         inbuf_overflow=MAX_BODY + chunk_marks + 1, max_request_body_size=MAX_BODY + chunk_marks,
@@ -3122,7 +3137,7 @@ def run_host(listener):
     except Exception as error:
         log.error("o servidor HTTP parou: %s: %s", type(error).__name__, error)
     if not gate.is_closed:
-        leave(1)
+        exit_process(1)
 
 
 def raise_descriptor_limit():
@@ -3163,7 +3178,7 @@ def open_listener(host, port):
         OSError: se o endereço não existe ou a porta está ocupada.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    return socket.create_server(address[:2], family=family, backlog=backlog, dualstack_ipv6=host == "::")
+    return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=host == "::")
 
 
 # =============================================================================
@@ -3304,7 +3319,7 @@ def redis_problem(error, given):
         tuple: (status de saída, frase): 2 se o database não existe, o que nenhuma
         espera conserta; 1 nos outros casos.
     """
-    shown, words = REDIS_SERVER.shown, reason(error)
+    shown, words = REDIS_SERVER.shown, cause_of(error)
     if isinstance(error, redis.ResponseError) and "DB index" in words:
         return 2, (f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: "
                    f"o Redis não tem esse database ({words})")
@@ -3354,14 +3369,14 @@ def open_listeners(given):
         try:
             listeners.append(open_listener(host, port))
         except socket.gaierror as error:
-            log.error("%s_HOST: o valor %r %s não serve: %s", server, host, host_layer, reason(error))
+            log.error("%s_HOST: o valor %r %s não serve: %s", server, host, host_layer, cause_of(error))
             return (1 if error.errno == socket.EAI_AGAIN else 2), []
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
-                log.error("%s_HOST: o endereço %s %s não pode ser aberto: %s", server, host, host_layer, reason(error))
+                log.error("%s_HOST: o endereço %s %s não pode ser aberto: %s", server, host, host_layer, cause_of(error))
             else:
                 log.error("%s_PORT: a porta %s %s em %s não pode ser aberta: %s", server, port, port_layer, host,
-                          reason(error))
+                          cause_of(error))
             return 1, []
     return 0, listeners
 
@@ -3518,12 +3533,12 @@ def main(argv):
         log.error("%s", error)
         return 2
     except OSError as error:
-        log.error("a saída não pode ser escrita: %s", reason(error))
+        log.error("a saída não pode ser escrita: %s", cause_of(error))
         return 1
     return asyncio.new_event_loop().run_until_complete(serve(given))
 
 
-def leave(status):
+def exit_process(status):
     """Encerra o processo, depois de dar ao log um instante para escrever o que resta.
 
     As threads que restam não podem prender o fim do interpretador: tudo o que importa já
@@ -3539,4 +3554,4 @@ def leave(status):
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))
