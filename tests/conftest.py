@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import itertools
 import os
 import pathlib
 import sys
@@ -245,16 +244,6 @@ def start_proxy(request, tmp_path, redis_main, db, start_redis):
             stack.callback(proxy.stop)
 
 
-@pytest.fixture
-def proxy(host, start_proxy):
-    """Um proxy só desta prova, com os padrões, no hospedeiro parametrizado.
-
-    Retorno:
-        Um harness.proxy_process.
-    """
-    return start_proxy(host=host)
-
-
 @pytest.fixture(scope="module")
 def share_proxy(redis_main, tmp_path_factory):
     """Fábrica de proxies partilhados pelas provas do módulo: share_proxy(*flags, host="flask", env={}).
@@ -381,13 +370,3 @@ def fetch(connect):
         return connect(where).request(*args, **options).response()
 
     return run
-
-
-@pytest.fixture
-def serial():
-    """Contador para nomes distintos dentro de uma prova.
-
-    Retorno:
-        Um itertools.count.
-    """
-    return itertools.count()

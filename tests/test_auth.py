@@ -32,6 +32,8 @@ def refused(response, method="POST"):
         content = json.loads(body)
         assert (set(content), content["error"]) == ({"error", "message"}, "unauthorized")
         assert content["message"]
+    # Guardada, a conexão ocuparia um descritor.
+    assert response.conn.at_end()
 
 
 def bearer(value):
@@ -168,7 +170,6 @@ def test_refusal_before_the_body(start_proxy, connect, worker):
             given = list(headers.items() if isinstance(headers, dict) else headers)
             conn = connect(proxy).request("POST", "/x", [*given, *forwarded, size])
             refused(conn.response())
-            assert conn.at_end()
             conn.close()
     worker.idle()
     assert proxy.tasks() == []
@@ -182,7 +183,8 @@ def test_body_read_before_the_refusal_is_bounded(share_proxy, connect, worker):
     slow = connect(proxy).request("POST", "/x", {"Content-Length": "900"})
     assert connect(proxy).request("POST", "/x", body="x" * 1001).response().status in (401, 413)
     refused(connect(proxy).request("POST", "/x", body="x" * 1000).response())
-    slow.send(b"x")
+    with contextlib.suppress(harness.broken, ConnectionResetError):
+        assert slow.response().status == 408
     assert slow.at_end()
     worker.idle()
 
@@ -192,7 +194,6 @@ def test_refusal_instead_of_continue(share_proxy, connect, worker):
     proxy = share_proxy(env={"AUTH_TOKEN": f"{token}, {other}"})
     conn = connect(proxy).request("POST", "/x", {"Expect": "100-continue", "Content-Length": "5000000"})
     refused(conn.response())
-    assert conn.at_end()
     worker.idle()
 
 
@@ -226,15 +227,6 @@ def test_body_of_who_may_ask(coding, guarded, connect):
         conn.send(raw)
     refused(conn.response())
     worker.idle()
-
-
-def test_refusal_ends_the_connection(guarded, connect):
-    """Depois de um 401 a conexão é fechada, e com isso não ocupa um descritor."""
-    proxy, _ = guarded
-    for method, target in (("POST", "/"), ("GET", "/ping/"), ("HEAD", "/x")):
-        conn = connect(proxy).request(method, target)
-        refused(conn.response(), method)
-        assert conn.at_end()
 
 
 sent = [

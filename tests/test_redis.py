@@ -335,30 +335,6 @@ def test_scripts_denied_in_mid_stream(start_redis, start_proxy, connect, start_w
     assert proxy.log().count("tiradas com LPOP simples") == 1, proxy.log()
 
 
-@pytest.mark.parametrize("pause", [0, 1])
-def test_redis_killed_and_restarted_in_mid_stream(start_redis, start_proxy, connect, start_worker, start_pusher, pause):
-    """Redis morto (kill -9) e reiniciado três vezes enquanto workers empurram: nada se perde, se repete ou se troca."""
-    server = start_redis(appendonly=True)
-    proxy = start_proxy("-P", pause, redis=server)
-    pairs = support.open_streams(connect, proxy, start_worker(server.client()), 4)
-    total = 240
-    pushers = [start_pusher(server, task, total, 0.004) for _, task in pairs]
-    for step in (1, 2, 3):
-        harness.eventually(lambda step=step: pushers[0].number >= step * total // 4, 20, "linhas empurradas")
-        server.kill()
-        proxy.wait_log(rf"(?s)(Redis fora do ar.*){{{step}}}")
-        server.start()
-        proxy.wait_log(rf"(?s)(Redis de volta.*){{{step}}}")
-    for lines in harness.read_all([response for response, _ in pairs], 30):
-        assert lines == numbered(total)
-    for _, task in pairs:
-        assert support.finished_row(proxy, task)["linhas"] == str(total)
-    for one in pushers:
-        one.close()
-    with contextlib.closing(server.new_client()) as client:
-        support.wait_empty(client)
-
-
 def test_redis_away_at_a_request(start_redis, start_proxy, host, fetch, connect, start_worker):
     """Redis fora do ar: 504 em JSON e /ping 500, depressa; de volta, o pedido seguinte é atendido sem reinício."""
     server = start_redis()
@@ -389,31 +365,6 @@ def test_redis_away_at_a_request(start_redis, start_proxy, host, fetch, connect,
     assert "REDIS_WAKE" not in log
 
 
-def test_redis_frozen_at_a_request(start_redis, start_proxy, host, connect, start_worker):
-    """Um Redis que aceita a conexão e não responde: 504 e 500 em menos de 6 s a cada cliente; depois, tudo volta."""
-    server = start_redis()
-    proxy = start_proxy(redis=server)
-    worker = start_worker(server.client())
-    live, live_task = support.open_stream(connect, proxy, worker)
-    server.freeze()
-    began = time.monotonic()
-    waiting = [connect(proxy).request("POST", f"/{number}") for number in range(3)]
-    pinging = connect(proxy).request("GET", "/ping")
-    assert [item.response().status for item in waiting] == [504] * 3
-    assert pinging.response().status == 500
-    late = connect(proxy).request("POST", "/tarde")
-    assert late.response().status == 504
-    assert time.monotonic() - began < 12
-    server.thaw()
-    live_task.push("continua")
-    assert live.line() == b"continua"
-    response, task = support.open_stream(connect, proxy, worker)
-    for item in (task, live_task):
-        item.finish("fim")
-    assert response.lines() == live.lines() == [b"fim"]
-    support.wait_empty(worker.client)
-
-
 @pytest.mark.parametrize("how", ["kill", "freeze"])
 def test_stream_that_ends_while_redis_is_away(start_redis, start_proxy, connect, start_worker, how):
     """Sem Redis, ou com ele mudo, HEARTBEAT e MAXTIME ainda valem, e a saída do cliente ainda é notada; as chaves somem
@@ -437,24 +388,6 @@ def test_stream_that_ends_while_redis_is_away(start_redis, start_proxy, connect,
     server.thaw()
     with contextlib.closing(server.new_client()) as client:
         support.wait_empty(client, 3)
-
-
-@pytest.mark.parametrize("pause", [0, 1])
-def test_main_connection_killed_in_mid_stream(start_redis, start_proxy, connect, start_worker, start_pusher, pause):
-    """A conexão derrubada vinte vezes enquanto workers empurram: nada se perde, se repete ou se troca."""
-    server = start_redis()
-    proxy = start_proxy("-P", pause, redis=server)
-    pairs = support.open_streams(connect, proxy, start_worker(server.client()), 3)
-    total = 400
-    pushers = [start_pusher(server, task, total, 0.002) for _, task in pairs]
-    for step in range(20):
-        harness.eventually(lambda step=step: pushers[0].number >= step * total // 20, 20, "linhas empurradas")
-        kill_connection(server, "py-ndjson-proxy")
-    for lines in harness.read_all([response for response, _ in pairs], 30):
-        assert lines == numbered(total)
-    for one in pushers:
-        one.close()
-    proxy.wait_log("Redis de volta")
 
 
 @pytest.mark.parametrize(("pause", "wake", "ran"), [(0, "on", True), (1, "off", True), (0, "off", False)])
@@ -703,42 +636,6 @@ def test_flushdb_ends_the_streams(redis_main, share_proxy, connect, worker, wake
         assert support.finished_row(proxy, task)["fim"] == "concluida"
 
 
-@pytest.mark.parametrize("wake", ["on", "off"])
-def test_list_of_the_wrong_type(share_proxy, connect, worker, wake):
-    """task_list que guarda um texto: uma linha de erro dentro do streaming, fim inteiro, chaves apagadas."""
-    proxy = share_proxy("--wake", wake)
-    response, task = support.open_stream(connect, proxy, worker)
-    other, other_task = support.open_stream(connect, proxy, worker)
-    task.push("antes")
-    assert response.line() == b"antes"
-    task.client.set(task.list, "texto")
-    (line,) = response.lines()
-    error = json.loads(line)
-    assert error["error"] == "redis_error" and "WRONGTYPE" in error["message"]
-    harness.eventually(lambda: not task.traces(), 2, "chaves apagadas")
-    assert support.finished_row(proxy, task)["fim"] == "erro"
-    other_task.finish("segue")
-    assert other.lines() == [b"segue"]
-
-
-def test_redis_full_in_mid_stream(start_redis, start_proxy, fetch, connect, start_worker):
-    """Memória do Redis esgotada: o que já estava na lista é entregue; uma tarefa nova recebe 500 em JSON."""
-    server = start_redis()
-    proxy = start_proxy("-P", 20, redis=server)
-    worker = start_worker(server.client())
-    response, task = support.open_stream(connect, proxy, worker)
-    task.push(*numbered(20))
-    assert response.line() == numbered(1)[0]
-    worker.client.config_set("maxmemory", 1)
-    refused = fetch(proxy, "POST", "/")
-    assert refused.status == 500
-    assert refused.json()["error"] == "redis_error"
-    task.delete()
-    assert response.lines() == numbered(20)[1:]
-    assert fetch(proxy, "GET", "/ping").status == 200
-    worker.idle()
-
-
 def test_task_replaced_while_the_connection_is_away(start_redis, start_proxy, connect, start_worker):
     """A leitura literal feita enquanto a conexão caía: as linhas são achadas quando ela volta, e não em rodízio."""
     server = start_redis()
@@ -843,7 +740,7 @@ def test_ended_streams_leave_no_renewal(start_redis, start_proxy, connect, fetch
             assert request.response().lines() == []
             request.close()
 
-    serve(200)
+    serve(600)
     before = proxy.memory()
     serve(600)
     grown = proxy.memory() - before

@@ -98,22 +98,6 @@ def test_stops_as_soon_as_the_streams_end(start_proxy, connect, worker):
     assert worker.client.keys("*") == []
 
 
-def test_many_streams_at_shutdown(start_proxy, host, connect, worker):
-    """DRAIN=0 com sessenta streams: cada um recebe uma só linha de shutdown e o fim inteiro; nenhuma chave fica."""
-    proxy = start_proxy("--drain", 0)
-    pairs = support.open_streams(connect, proxy, worker, 60)
-    pairs[0][1].push("linha")
-    assert pairs[0][0].line() == b"linha"
-    began = time.monotonic()
-    proxy.signal(signal.SIGTERM)
-    for lines in harness.read_all([response for response, _ in pairs], 5):
-        assert [json.loads(line) for line in lines] == [shutdown_line]
-    assert proxy.wait() == 0
-    assert time.monotonic() - began < 4
-    assert worker.client.keys("*") == []
-    assert [row["fim"] for row in support.finished_rows(proxy)] == ["shutdown"] * 60
-
-
 @pytest.mark.parametrize("first", signals)
 @pytest.mark.parametrize("second", signals)
 def test_second_signal_ends_at_once(start_proxy, connect, worker, first, second):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import time
-import uuid
 
 import pytest
 
@@ -11,20 +10,6 @@ import harness
 import support
 
 eof_words = ("EOF", "EOL", "END-OF-FILE", "END-OF-LIST")
-
-
-def test_task_exists_when_the_message_arrives(share_proxy, connect, worker):
-    """O SET vem antes do PUBLISH: a chave existe, com validade, quando o aviso chega; vinte vezes."""
-    for number in range(20):
-        response, task = support.open_stream(
-            connect, share_proxy(), worker, "POST", f"/{number}", body=f"corpo {number}"
-        )
-        assert task.info["body"] == f"corpo {number}"
-        assert task.key == harness.default_prefix + task.name == task.info["task_key"]
-        assert uuid.UUID(task.name).version == 4
-        assert 590 <= task.client.ttl(task.key) <= 600
-        task.finish()
-        assert response.lines() == []
 
 
 def test_set_comes_before_publish(redis_main, share_proxy, connect, worker):
@@ -38,21 +23,6 @@ def test_set_comes_before_publish(redis_main, share_proxy, connect, worker):
     assert ["SET", task.key] in [words[:2] for words in seen[:-1]]
     task.finish()
     assert response.lines() == []
-
-
-def test_lines_arrive_as_they_are_pushed(share_proxy, connect, worker):
-    """Cada linha sai logo que é empurrada, na ordem, num pedaço só, e o corpo termina com a chave."""
-    response, task = support.open_stream(connect, share_proxy(), worker)
-    for number in range(10):
-        task.push(f'{{"n": {number}}}')
-        pushed = time.monotonic()
-        line = response.line()
-        assert json.loads(line) == {"n": number}
-        assert line.when - pushed < 1
-    task.delete()
-    assert response.lines(2) == []
-    assert [len(chunk.splitlines()) for chunk in response.chunks] == [1] * 10
-    assert response.conn.at_end()
 
 
 def test_lines_before_delete_are_not_lost(share_proxy, connect, worker):
