@@ -2542,7 +2542,8 @@ def sign(response):
     """
     response.headers["X-Author"] = author
     response.headers.extend(cors_headers(flask.request.headers.get("Origin")))
-    close_after(flask.request.environ)
+    if getattr(response, "owner", None) is None:
+        close_after(flask.request.environ)
     return response
 
 
@@ -2751,7 +2752,7 @@ def client_socket(environ):
 
 
 def close_after(environ):
-    """Faz o servidor HTTP fechar a conexão depois desta resposta; o do Flask já o faz.
+    """Faz o servidor HTTP fechar a conexão depois desta resposta.
 
     Argumentos:
         environ (dict): ambiente WSGI.
@@ -2759,6 +2760,9 @@ def close_after(environ):
     if disconnected := environ.get("waitress.client_disconnected"):
         # O WSGI não deixa a aplicação dizê-lo; é como se o cliente o tivesse pedido.
         disconnected.__self__.requests[0].headers["CONNECTION"] = "close"
+    else:
+        # O do Flask ainda leria até o fim um corpo que ninguém quis: a varredura o interrompe.
+        arrivals[environ["werkzeug.socket"]] = time.monotonic() + closing_patience
 
 
 def hand_over(environ, owner, head):
