@@ -699,7 +699,13 @@ def test_malformed_requests(kind, shared_proxy, connect, fetch, worker):
     # Há quem atenda sem o corpo que não entendeu, e quem espere por ele.
     with contextlib.suppress(OSError):
         conn.half_close()
-    if may_refuse(conn):
+    try:
+        is_served = may_refuse(conn)
+    except harness.broken:
+        # O urllib.parse, com que os dois leem o alvo, levanta uma exceção que eles não esperam.
+        assert kind == "colchetes"
+        is_served = False
+    if is_served:
         assert kind not in unreadable
         # Quem fechou o seu lado de envio é um cliente que saiu.
         key = worker.next_key()

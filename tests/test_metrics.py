@@ -132,7 +132,7 @@ def test_every_end(start_metered, connect, worker):
 
 def test_no_first_line(start_metered, connect, worker):
     """Um elemento vazio, que não é uma linha, e depois MAXTIME: a linha do erro não conta como a primeira do worker."""
-    meter = start_metered("--maxtime", "4000", "-P", 0)
+    meter = start_metered("--maxtime", "1000", "-P", 0)
     response, task = support.open_stream(connect, meter.proxy, worker)
     task.push("")
     harness.eventually(lambda: not task.client.exists(task.list), 5, "elemento vazio retirado")
