@@ -31,9 +31,6 @@ FAULTS_SEED = int(
     os.environ.get("FAULTS_SEED") or (5 if os.environ.get("CI") else random.SystemRandom().randrange(1000000))
 )
 
-# O redis_timeout do json-proxy.py: uma parada maior que ele faz o proxy desistir da conexão.
-proxy_patience = 2.0
-
 
 class fault:
     """Uma falha sorteada para uma conexão: de que tipo (os de fault_relay), em que sentido, depois de quantos bytes ou em que instante."""
