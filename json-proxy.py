@@ -2808,7 +2808,17 @@ def pause_if_starved(error):
 
 
 class line_reader(io.BufferedReader):
-    """Leitura de uma requisição que não toma o fim da conexão pelo fim dela, nem guarda uma linha sem fim."""
+    """Leitura de uma requisição que não toma o fim da conexão pelo fim dela, nem guarda o que não tem fim."""
+
+    def read(self, size=-1):
+        """Lê bytes; do que o werkzeug só lê para descartar, 10 MB por vez, um pouco.
+
+        Argumentos:
+            size (int): máximo de bytes.
+        Retorna:
+            bytes: os bytes; vazio no fim da conexão.
+        """
+        return super().read(size) if size <= read_size else self.read1(read_size)
 
     def readline(self, size=-1):
         """Lê uma linha.
