@@ -1294,7 +1294,7 @@ class redis_link:
                 return
         except (BlockingIOError, ssl.SSLWantReadError):
             pass
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self.lose(error)
             return
         self.moved_at = loop.time()
@@ -2607,6 +2607,11 @@ def read_body(request):
         inválido.
     """
     connection = client_socket(request.environ)
+    # O werkzeug tomaria por vazio um corpo de tamanho ilegível, ou em uma forma que ele não sabe ler.
+    if not request.environ.get("CONTENT_LENGTH", "0").isdecimal():
+        raise werkzeug.exceptions.BadRequest()
+    if request.headers.get("Transfer-Encoding", "chunked").lower() != "chunked":
+        raise werkzeug.exceptions.NotImplemented()
     if (request.content_length or 0) > MAX_BODY:
         raise werkzeug.exceptions.RequestEntityTooLarge()
     parts, size = [], 0
@@ -3165,7 +3170,7 @@ def raise_descriptor_limit():
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     gate.limit = max(1, min(MAX_STREAMS, hard - own_descriptors - refusal_descriptors))
     if gate.limit < MAX_STREAMS:
-        log.warning("MAX_STREAMS é %d, mas o processo só pode abrir %d descritores: são atendidos %d streams",
+        log.warning("MAX_STREAMS é %d, mas o processo só pode abrir %d descritores: o limite passa a %d",
                     MAX_STREAMS, hard, gate.limit)
 
 
@@ -3272,7 +3277,8 @@ class metrics_meter:
             listener (socket.socket): socket escutando em METRICS_HOST e METRICS_PORT.
         """
         server = waitress.create_server(self.application, sockets=[listener], ident=SERVERNAME, threads=1,
-                                        asyncore_use_poll=True, channel_timeout=10, log_socket_errors=False)
+                                        asyncore_use_poll=True, connection_limit=1000, channel_timeout=10,
+                                        cleanup_interval=5, log_socket_errors=False)
         threading.Thread(target=server.run, name="métricas", daemon=True).start()
         log.info("métricas: http://%s:%d/metrics", url_host(METRICS_HOST), METRICS_PORT)
 
@@ -3508,7 +3514,7 @@ async def serve(given):
     # Percorrer os objetos de milhares de streams pararia todos por décimos de
     # segundo; o lixo cíclico deles é jovem, e as duas primeiras gerações o recolhem.
     gc.freeze()
-    gc.set_threshold(10000, 20, 1000)
+    gc.set_threshold(10000, 20, 100)
     log.info("pronto: http://%s:%d (%s), Redis em %s", url_host(HTTP_HOST), listeners[0].getsockname()[1],
              HTTP_SERVER, REDIS_SERVER.shown)
     notify_systemd("READY=1")
