@@ -219,8 +219,10 @@ class relay(threading.Thread):
 
     cut derruba a conexão num pedido dado, antes de ele chegar ao Redis ou depois de rodar, com a resposta perdida: o
     pior momento para uma queda. drop engole as respostas que contêm um trecho, sem derrubar nada. mute emudece a conexão
-    que fizer um pedido dado. spoil troca uma resposta por outra coisa.
+    que fizer um pedido dado. spoil troca uma resposta por outra coisa. pace, em bytes por segundo, atrasa as respostas.
     """
+
+    pace = 0
 
     def __init__(self, port):
         """Começa a escutar e a repassar.
@@ -332,8 +334,11 @@ class relay(threading.Thread):
             data = data if self.ran else b""
         elif not is_request and sock in self.doomed:
             data = b""
+        step = self.pace // 20 if self.pace and not is_request else len(data) or 1
         with contextlib.suppress(OSError):
-            other.sendall(data)
+            for start in range(0, len(data), step):
+                other.sendall(data[start : start + step])
+                time.sleep(0.05 if step < len(data) else 0)
         if not data:
             self.doomed -= {sock, other}
             for each in (sock, other):

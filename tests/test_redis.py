@@ -770,3 +770,16 @@ def test_list_of_a_slow_stream_is_renewed(start_redis, start_proxy, connect, sta
     task.client.expire(task.list, 3)
     task.delete()
     assert response.lines(20) == [b"a", b"b", b"c", b"d"]
+
+
+def test_long_reply_on_a_slow_link(start_relayed, connect, start_worker):
+    """Um lote que leva mais que o prazo de uma resposta para chegar, sem nunca parar, não é um Redis mudo."""
+    server, relay, proxy = start_relayed("-P", 0)
+    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+    relay.pace = 80000
+    task.push(*[b"x" * 500] * 480)
+    assert sum(response.line(20) == b"x" * 500 for _ in range(480)) == 480
+    relay.pace = 0
+    task.finish()
+    assert response.lines() == []
+    assert "fora do ar" not in proxy.log()

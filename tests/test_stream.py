@@ -225,6 +225,15 @@ def test_heartbeat_does_not_reset_maxtime(share_proxy, connect, worker):
     assert beats[0].when - began >= 0.3
 
 
+def test_heartbeats_do_not_keep_who_does_not_read(share_proxy, connect, worker):
+    """HEARTBEATs que ninguém lê não enchem a memória nem adiam MAXTIME."""
+    proxy = share_proxy("-t", 1500, "--heartbeat", 1, "--heartbeat-line", "x" * 20000)
+    conn = connect(proxy, narrow=True).request()
+    task = worker.next()
+    proxy.wait_log(rf"tarefa={task.name} .*fim=timeout", 10)
+    conn.close()
+
+
 @pytest.mark.parametrize("flags", [(), ("--wake", "off"), ("-P", "0"), ("-i", "60000")], ids="".join)
 def test_literal_worker(share_proxy, connect, worker, flags):
     """A leitura literal: a string da tarefa trocada, num MULTI, por uma lista de mesmo nome, servida até o fim."""
