@@ -16,7 +16,7 @@ body = b'{"prompt": "oi"}'
 extra = b"Content-Type: application/json\r\nConnection: close\r\n"
 plain = b"POST /corte HTTP/1.1\r\nHost: proxy.test\r\n%sContent-Length: %d\r\n\r\n%s" % (extra, len(body), body)
 chunked = b"POST /corte HTTP/1.1\r\nHost: proxy.test\r\n%sTransfer-Encoding: chunked\r\n\r\n" % extra
-chunked += b"5\r\nabcde\r\n3;x=y\r\nfgh\r\n0\r\nX-T: 1\r\n\r\n"
+chunked += b"5\r\nabcde\r\n0003\r\nfgh\r\n0\r\n\r\n"
 old = b"GET /corte HTTP/1.0\r\n\r\n"
 requests = [plain, chunked, old]
 

@@ -195,10 +195,16 @@ def test_options_asterisk(shared_proxy, connect, worker):
 
 
 def test_refused_client_that_is_already_gone(start_proxy, host, connect, fetch):
-    """60 recusados que já saíram: nenhum deixa traceback no log."""
+    """60 recusados que já saíram, ou saem no meio da recusa: nenhum deixa traceback no log, nem um descritor aberto."""
     proxy = start_proxy()
-    for _ in range(60):
+    rest = peers.warm(proxy)
+    for number in range(60):
         conn = connect(proxy)
-        conn.send(b"LIXO\r\n\r\n")
+        if number % 2:
+            conn.send(b"LIXO\r\n\r\n")
+        else:
+            conn.request("POST", "/", [("Transfer-Encoding", "chunked")]).send(b"zz\r\nabcde\r\n0\r\nX-A: a\r\n\r\n")
+            conn.sock.recv(20)
         conn.reset()
     assert fetch(proxy, "GET", "/ping").status == 200
+    peers.settle(proxy, rest)
