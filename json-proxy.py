@@ -2819,11 +2819,19 @@ class line_reader(io.BufferedReader):
         """Lê bytes; do que o werkzeug só lê para descartar, 10 MB por vez, um pouco.
 
         Argumentos:
-            size (int): máximo de bytes.
+            size (int): quantos bytes.
         Retorna:
-            bytes: os bytes; vazio no fim da conexão.
+            bytes: todos eles; do que se descarta, os que houver.
+        Levanta:
+            ConnectionAbortedError: se a conexão acabou antes: de um chunk cortado o werkzeug daria como lidos bytes
+                que não chegaram, e o Python os tiraria de outro lugar da memória.
         """
-        return super().read(size) if size <= read_size else self.read1(read_size)
+        if size > read_size:
+            return self.read1(read_size)
+        data = super().read(size)
+        if len(data) < size:
+            raise ConnectionAbortedError("a requisição não chegou inteira")
+        return data
 
     def readline(self, size=-1):
         """Lê uma linha.
