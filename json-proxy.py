@@ -2827,7 +2827,10 @@ class line_reader(io.BufferedReader):
                 que não chegaram, e o Python os tiraria de outro lugar da memória.
         """
         if size > read_size:
-            return self.read1(read_size)
+            # Uma exceção aqui deixaria aberto o epoll com que o werkzeug espera.
+            with contextlib.suppress(OSError):
+                return self.read1(read_size)
+            return b""
         data = super().read(size)
         if len(data) < size:
             raise ConnectionAbortedError("a requisição não chegou inteira")
