@@ -145,7 +145,8 @@ def assert_dropped(made, limit):
             allowed = {(408, "request_timeout"), (400, "bad_request") if each.label in refused_at_sight else None}
             assert (answer.status, error) in allowed, (each.label, answer.head)
             assert answer.header("Connection") == "close"
-        assert len(each.answers) <= 1, each.label
+        # Quem nem começou a pedir pode só ver a conexão fechar.
+        assert len(each.answers) == 1 or not each.answers and each.label in ("calado", "em branco"), each.label
 
 
 @peers.counted(160, 1000, "pedidos_pela_metade")
