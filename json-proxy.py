@@ -3525,7 +3525,7 @@ async def serve(given):
     # Percorrer os objetos de milhares de streams pararia todos por décimos de
     # segundo; o lixo cíclico deles é jovem, e as duas primeiras gerações o recolhem.
     gc.freeze()
-    gc.set_threshold(10000, 20, 100)
+    gc.set_threshold(10000, 20, 10)
     log.info("pronto: http://%s:%d (%s), Redis em %s", url_host(HTTP_HOST), listeners[0].getsockname()[1],
              HTTP_SERVER, REDIS_SERVER.shown)
     notify_systemd("READY=1")
