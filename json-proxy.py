@@ -42,8 +42,9 @@ Quem é dono do quê
       sai por handed_over, e esquece                   é de um client; stream.relay o serve
 
     Um socket tem um dono de cada vez, e só muda de dono em hand_over (e em dismiss, o de
-    uma requisição recusada): por isso não há trava nem fila por stream. Um stream é uma corrotina: relay é o laço da
-    especificação, e o `finally` de run é o único fim, venha ele de onde vier.
+    uma requisição recusada): por isso não há trava nem fila por stream. Um stream é uma
+    corrotina: relay é o laço da especificação, e o `finally` de run é o único fim, venha
+    ele de onde vier.
 
 Como uma linha viaja
     O Redis avisa, pela única conexão (redis_link), qual chave mudou; o aviso acorda o
