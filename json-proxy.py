@@ -2817,12 +2817,12 @@ class line_reader(io.BufferedReader):
     """Leitura de uma requisição que não toma o fim da conexão pelo fim dela, nem guarda o que não tem fim."""
 
     def read(self, size=-1):
-        """Lê bytes; do que o werkzeug só lê para descartar, 10 MB por vez, um pouco.
+        """Lê bytes; o que o werkzeug só lê para descartar, 10 MB por vez, é descartado até o fim, ou até a varredura.
 
         Argumentos:
             size (int): quantos bytes.
         Retorna:
-            bytes: todos eles; do que se descarta, os que houver.
+            bytes: todos eles; nenhum, se eram para descartar.
         Levanta:
             ConnectionAbortedError: se a conexão acabou antes: de um chunk cortado o werkzeug daria como lidos bytes
                 que não chegaram, e o Python os tiraria de outro lugar da memória.
@@ -2830,7 +2830,8 @@ class line_reader(io.BufferedReader):
         if size > read_size:
             # Uma exceção aqui deixaria aberto o epoll com que o werkzeug espera.
             with contextlib.suppress(OSError):
-                return self.read1(read_size)
+                while self.read1(read_size):
+                    pass
             return b""
         data = super().read(size)
         if len(data) < size:
