@@ -3063,7 +3063,7 @@ class waitress_channel(waitress.channel.HTTPChannel):
         super().handle_close()
 
 
-# De quem é, o nome, e para que serve; check_insides os confere no início.
+# De quem é, e o nome; check_insides os confere no início.
 insides = (
     (werkzeug.serving, "ThreadedWSGIServer"),
     (werkzeug.serving.WSGIRequestHandler, "make_environ"),
