@@ -91,6 +91,7 @@ try:
     import dotenv
     import dotenv.parser
     import flask
+    import flask.cli
     import redis
     import redis.backoff
     import redis.retry
@@ -2723,7 +2724,7 @@ def streaming():
 # =============================================================================
 # Os dois rodam como seus autores os fazem, cada um em sua thread. O que se usa de dentro deles e do
 # redis-py, sem estar em seus manuais, fica todo nesta seção: na tabela insides, conferida no início, e
-# mais WERKZEUG_RUN_MAIN, WERKZEUG_SERVER_FD e os campos requests e error do waitress.
+# mais "werkzeug.socket" e os campos requests e error do waitress.
 
 backlog = 4096
 line_limit = 65537
@@ -2928,53 +2929,51 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         self.wfile.write(whole_error(code, getattr(self, "headers", {}).get("Origin")))
 
 
-class flask_server(werkzeug.serving.ThreadedWSGIServer):
-    """Servidor do Flask que espera quando o sistema não pode mais."""
+def accept_or_stop(accept):
+    """Aceita uma conexão no servidor do Flask.
 
-    request_queue_size = backlog
+    Argumentos:
+        accept (callable): o método do servidor.
+    Retorna:
+        tuple: (socket, endereço do cliente).
+    Levanta:
+        OSError: se o sistema não tem mais descritores ou o cliente desistiu.
+        KeyboardInterrupt: se o serviço está parando; é como o werkzeug aceita parar.
+    """
+    try:
+        return accept()
+    except OSError as error:
+        if gate.is_closed:
+            raise KeyboardInterrupt from None
+        pause_if_starved(error)
+        raise
 
-    def get_request(self):
-        """Aceita uma conexão.
 
-        Retorna:
-            tuple: (socket, endereço do cliente).
-        Levanta:
-            OSError: se o sistema não tem mais descritores ou o cliente desistiu.
-            KeyboardInterrupt: se o serviço está parando; é como o werkzeug aceita parar.
-        """
+def start_thread(process_request, *connection):
+    """Dá uma thread a uma conexão do servidor do Flask, esperando se o sistema não pode criá-la.
+
+    Argumentos:
+        process_request (callable): o método do servidor.
+        connection (tuple): socket aceito e endereço do cliente.
+    """
+    while True:
         try:
-            return super().get_request()
-        except OSError as error:
-            if gate.is_closed:
-                raise KeyboardInterrupt from None
-            pause_if_starved(error)
-            raise
+            process_request(*connection)
+            return
+        except RuntimeError as error:
+            warn_rarely(f"faltam threads ({error}): aumente o limite (TasksMax) e a memória")
+            time.sleep(accept_pause)
 
-    def process_request(self, request, client_address):
-        """Dá uma thread à conexão, esperando se o sistema não pode criá-la.
 
-        Argumentos:
-            request (socket.socket): conexão aceita.
-            client_address (tuple): endereço do cliente.
-        """
-        while True:
-            try:
-                super().process_request(request, client_address)
-                return
-            except RuntimeError as error:
-                warn_rarely(f"faltam threads ({error}): aumente o limite (TasksMax) e a memória")
-                time.sleep(accept_pause)
+def tell_misunderstood(*_):
+    """Registra em uma linha a falha de uma conexão do servidor do Flask.
 
-    def handle_error(self, request, client_address):
-        """Registra em uma linha a falha de uma conexão.
-
-        Argumentos:
-            request (socket.socket): conexão.
-            client_address (tuple): endereço do cliente.
-        """
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            warn_rarely(f"o servidor HTTP não entendeu uma requisição: {type(error).__name__}: {error}", "requisição")
+    Argumentos:
+        _ (tuple): sem uso: socket e endereço do cliente.
+    """
+    error = sys.exc_info()[1]
+    if not isinstance(error, OSError):
+        warn_rarely(f"o servidor HTTP não entendeu uma requisição: {type(error).__name__}: {error}", "requisição")
 
 
 def whole_error(status, origin=None):
@@ -3065,9 +3064,8 @@ class waitress_channel(waitress.channel.HTTPChannel):
 
 # De quem é, e o nome; check_insides os confere no início.
 insides = (
-    (werkzeug.serving, "ThreadedWSGIServer"),
+    (flask.cli, "show_server_banner"),
     (werkzeug.serving.WSGIRequestHandler, "make_environ"),
-    (werkzeug.serving, "is_running_from_reloader"),
     (waitress.channel.HTTPChannel, "service"),
     (waitress.channel.HTTPChannel, "handle_close"),
     (waitress.wasyncore, "dispatcher"),
@@ -3106,10 +3104,19 @@ def serve_flask(listener):
     Argumentos:
         listener (socket.socket): socket escutando.
     """
-    werkzeug.serving.ThreadedWSGIServer = flask_server
-    # O werkzeug só aceita um socket pronto pela porta de seu recarregador, que também cala o
-    # aviso de servidor de desenvolvimento.
-    os.environ |= {"WERKZEUG_RUN_MAIN": "true", "WERKZEUG_SERVER_FD": str(listener.fileno())}
+    make_server = werkzeug.serving.make_server
+
+    def make_on_listener(*args, **options):
+        """Cria o servidor no socket já aberto; app.run abriria outro, e diria em inglês por que não pôde."""
+        server = make_server(*args, **options | {"fd": listener.fileno()})
+        server.get_request = functools.partial(accept_or_stop, server.get_request)
+        server.process_request = functools.partial(start_thread, server.process_request)
+        server.handle_error = tell_misunderstood
+        return server
+
+    werkzeug.serving.make_server = make_on_listener
+    # O aviso de servidor de desenvolvimento, que iria para a saída padrão.
+    flask.cli.show_server_banner = lambda *_: None
     app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, use_reloader=False,
             load_dotenv=False, request_handler=flask_handler)
 
