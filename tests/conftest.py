@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import threading
@@ -16,7 +17,12 @@ pytest.register_assert_rewrite("harness")
 
 import harness
 
-# O json-proxy.py é importado por algumas provas: nada de __pycache__ ao lado dele.
+# O nohup e o & de um shell entregam ignorados os sinais que o programa, então, manteria assim.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
+
+# O json-proxy.py é carregado por algumas provas: nada de __pycache__ ao lado dele.
 sys.dont_write_bytecode = True
 
 # A árvore pode ser só de leitura: o que o hypothesis guarda vai para a pasta temporária.
@@ -181,7 +187,7 @@ def start_redis(tmp_path):
     assert not rest, f"chaves que sobraram: {rest}"
 
 
-def make_proxy(folder, flags, env, env_file, server, host):
+def make_proxy(folder, flags, env, env_file, server, host, wrapper=()):
     """Compõe um proxy com as configurações de toda prova: porta livre, endereço local, o Redis dado.
 
     Argumentos:
@@ -191,6 +197,7 @@ def make_proxy(folder, flags, env, env_file, server, host):
         env_file: conteúdo do arquivo de ambiente (str ou bytes).
         server: o harness.redis_server.
         host: HTTP_SERVER, ou None para o padrão.
+        wrapper: comando que o executa, como lista.
 
     Retorno:
         Um harness.proxy_process ainda não iniciado.
@@ -203,12 +210,12 @@ def make_proxy(folder, flags, env, env_file, server, host):
         base["HTTP_SERVER"] = host
     if server.password:
         base["REDIS_PASSWORD"] = server.password
-    return harness.proxy_process(folder, flags, {**base, **env})
+    return harness.proxy_process(folder, flags, {**base, **env}, wrapper)
 
 
 @pytest.fixture
 def start_proxy(request, tmp_path, redis_main, db, start_redis):
-    """Fábrica de proxies: start_proxy(*flags, env={}, env_file="", redis=None, host=None, ready=True).
+    """Fábrica de proxies: start_proxy(*flags, env={}, env_file="", redis=None, host=None, wrapper=(), ready=True).
 
     Vale-se do Redis da sessão se redis não vier; do hospedeiro parametrizado se a prova usa `host`. Ao fim, cada um
     ainda vivo é encerrado com SIGTERM e deve sair com 0 (ou proxy.expected_status), sem Traceback no log.
@@ -219,7 +226,7 @@ def start_proxy(request, tmp_path, redis_main, db, start_redis):
     proxies = []
     default_host = request.getfixturevalue("host") if "host" in request.fixturenames else None
 
-    def start(*flags, env=None, env_file="", redis=None, host=default_host, ready=True):
+    def start(*flags, env=None, env_file="", redis=None, host=default_host, wrapper=(), ready=True):
         """Inicia um proxy.
 
         Argumentos:
@@ -228,13 +235,14 @@ def start_proxy(request, tmp_path, redis_main, db, start_redis):
             env_file: conteúdo do arquivo de ambiente.
             redis: o harness.redis_server.
             host: HTTP_SERVER.
+            wrapper: comando que o executa, como lista.
             ready: verdadeiro para esperar a linha `pronto:`.
 
         Retorno:
             O harness.proxy_process.
         """
         folder = tmp_path / f"proxy-{len(proxies)}"
-        proxy = make_proxy(folder, flags, env or {}, env_file, redis or redis_main, host)
+        proxy = make_proxy(folder, flags, env or {}, env_file, redis or redis_main, host, wrapper)
         proxies.append(proxy)
         return proxy.start(ready)
 

@@ -12,7 +12,6 @@ json-proxy.py rodando como processo. As regras da casa:
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import pathlib
@@ -26,6 +25,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import uuid
 
 import redis
@@ -149,14 +149,15 @@ def quote(text):
 
 @functools.cache
 def load_program():
-    """Importa o programa neste processo, para ler sua tabela de configurações.
+    """Carrega o programa neste processo, para ler sua tabela de configurações; ele mesmo não se deixa importar.
 
     Retorno:
         O módulo, uma vez só por processo.
     """
-    spec = importlib.util.spec_from_file_location("json_proxy", program)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = types.ModuleType("json_proxy")
+    module.__file__ = str(program)
+    text = program.read_text(encoding="utf-8").rpartition("\nif __name__")[0]
+    exec(compile(text, program, "exec"), vars(module))
     return module
 
 
@@ -169,6 +170,15 @@ def base_environment():
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     python = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONFAULTHANDLER": "1"}
     return {**keep, **python, "LANG": "C.UTF-8", mark_name: mark}
+
+
+def loading_environment():
+    """Compõe o ambiente de um processo que chama load_program.
+
+    Retorno:
+        Dicionário: base_environment, com esta pasta entre os módulos e o mesmo programa sob prova.
+    """
+    return {**base_environment(), "PYTHONPATH": str(root / "tests"), "JSON_PROXY": str(program)}
 
 
 def socket_inodes(pid="self"):
@@ -468,15 +478,17 @@ class redis_server(background):
 class proxy_process(background):
     """O json-proxy.py rodando como processo, com HTTP_PORT=0 e a porta lida da linha `pronto:`."""
 
-    def __init__(self, folder, flags, env):
+    def __init__(self, folder, flags, env, wrapper=()):
         """Prepara o proxy, sem iniciá-lo.
 
         Argumentos:
             folder: pasta dos arquivos.
             flags: argumentos de linha de comando.
             env: variáveis de ambiente (configurações), somadas ao ambiente mínimo.
+            wrapper: comando que o executa (unshare, prlimit...), como lista.
         """
         super().__init__(folder, "json-proxy.py")
+        self.wrapper = wrapper
         self.flags = [str(flag) for flag in flags]
         self.env = {name: str(value) for name, value in env.items()}
         self.address = None
@@ -494,7 +506,7 @@ class proxy_process(background):
         Retorno:
             O próprio proxy, com address, port e server preenchidos se ready.
         """
-        self.spawn([sys.executable, str(program), *self.flags], {**base_environment(), **self.env})
+        self.spawn([*self.wrapper, sys.executable, str(program), *self.flags], {**base_environment(), **self.env})
         if ready:
             self.wait_ready(timeout)
         return self
@@ -582,7 +594,7 @@ class finished:
         return f"<saída {self.status} em {self.took:.2f} s; stdout: {self.out!r}; stderr: {self.err!r}>"
 
 
-def run_proxy(*flags, env=None, cwd=None, timeout=20.0):
+def run_proxy(*flags, env=None, cwd=None, timeout=20.0, wrapper=(), path=None):
     """Executa o json-proxy.py até que termine (--help, --check, falhas de início).
 
     Argumentos:
@@ -590,13 +602,15 @@ def run_proxy(*flags, env=None, cwd=None, timeout=20.0):
         env: variáveis de ambiente, somadas ao ambiente mínimo.
         cwd: pasta de trabalho.
         timeout: prazo em segundos.
+        wrapper: comando que o executa, como lista.
+        path: o programa; omitido, o sob prova.
 
     Retorno:
         Um objeto finished.
     """
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(program), *flags],
+        [*wrapper, sys.executable, str(path or program), *flags],
         env={**base_environment(), **(env or {})},
         cwd=cwd,
         stdin=subprocess.DEVNULL,
@@ -605,7 +619,7 @@ def run_proxy(*flags, env=None, cwd=None, timeout=20.0):
         check=False,
     )
     took = time.monotonic() - began
-    again = functools.partial(run_proxy, *flags, env=env, cwd=cwd, timeout=timeout)
+    again = functools.partial(run_proxy, *flags, env=env, cwd=cwd, timeout=timeout, wrapper=wrapper, path=path)
     return finished(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"), took, again)
 
 

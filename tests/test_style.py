@@ -404,14 +404,12 @@ def test_specification_words():
     assert "Patrick Brandao <patrickbrandao@gmail.com>" in words
 
 
-def test_import_has_no_side_effect(tmp_path):
-    """Importar o módulo não imprime, não abre soquete, não cria linha de execução nem mexe no ambiente."""
+def test_loading_has_no_side_effect(tmp_path):
+    """Ler as definições do programa não imprime, não abre soquete, não cria linha de execução nem mexe no ambiente."""
     code = (
-        "import importlib.util, os, sys, threading\n"
+        "import os, threading, harness\n"
         "before = dict(os.environ)\n"
-        f"spec = importlib.util.spec_from_file_location('json_proxy', {str(path)!r})\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(module)\n"
+        "harness.load_program()\n"
         "assert threading.active_count() == 1, threading.enumerate()\n"
         "assert dict(os.environ) == before\n"
         "links = [os.readlink(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd') if n != '3']\n"
@@ -419,7 +417,7 @@ def test_import_has_no_side_effect(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        env=harness.base_environment(),
+        env=harness.loading_environment(),
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -7,41 +7,22 @@ import re
 import resource
 import time
 
-import pytest
-
 import harness
 import peers
 import support
 
 
-@pytest.fixture
-def start_limited(start_proxy, monkeypatch):
-    """Fábrica de proxies que nascem com um limite do sistema: start_limited(limite, *flags), como o LimitNOFILE do systemd.
+def limited(limit, name="nofile"):
+    """Monta o comando que dá ao proxy um limite do sistema, como o LimitNOFILE do systemd.
+
+    Argumentos:
+        limit: o limite.
+        name: o nome dele para o prlimit; sem ele, o de descritores.
 
     Retorno:
-        Função que devolve um harness.proxy_process.
+        O wrapper de start_proxy (lista).
     """
-
-    def start(limit, *flags, name="nofile", **options):
-        """Inicia um.
-
-        Argumentos:
-            limit: o limite.
-            name: o nome dele para o prlimit; sem ele, o de descritores.
-            flags, options: os de start_proxy.
-
-        Retorno:
-            O proxy.
-        """
-        plain = harness.background.spawn
-        wrapper = ["prlimit", f"--{name}={limit}:{limit}", "--"]
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                harness.background, "spawn", lambda self, command, env: plain(self, [*wrapper, *command], env)
-            )
-            return start_proxy(*flags, **options)
-
-    return start
+    return ["prlimit", f"--{name}={limit}:{limit}", "--"]
 
 
 def flood(connect, proxy, count, timeout=10.0):
@@ -115,12 +96,12 @@ def test_flood_past_max_streams(count, start_proxy, host, connect, worker):
 
 
 @peers.counted(300, 2000, "clientes")
-def test_flood_past_the_descriptor_limit(count, start_limited, host, connect, worker):
+def test_flood_past_the_descriptor_limit(count, start_proxy, host, connect, worker):
     """O processo pode abrir menos descritores do que MAX_STREAMS pede: cada cliente é atendido ou recebe 503, ninguém
     fica sem resposta, /ping responde, o processador não gira à toa, e depois tudo volta."""
     peers.allow_descriptors(count + 500)
     limit = count // 2
-    proxy = start_limited(limit, "-P", 0)
+    proxy = start_proxy("-P", 0, wrapper=limited(limit))
     rest = peers.warm(proxy)
     for _ in range(2):
         accepted, statuses = flood(connect, proxy, count)
@@ -228,11 +209,11 @@ def without_threads(proxy):
 
 
 @peers.counted(25, 400, "clientes")
-def test_out_of_threads(count, start_limited, host, connect, worker):
+def test_out_of_threads(count, start_proxy, host, connect, worker):
     """O sistema não dá mais linhas de execução: o streaming em curso segue, cada cliente espera a vez ou recebe 503, o log
     diz em uma linha o que aumentar, e depois todos são atendidos."""
     peers.allow_descriptors(count + 500)
-    proxy = start_limited(stack, "-P", 0, "-t", 600000, name="stack")
+    proxy = start_proxy("-P", 0, "-t", 600000, wrapper=limited(stack, "stack"))
     rest = peers.warm(proxy)
     response, task = support.open_stream(connect, proxy, worker)
     began = time.monotonic()
@@ -259,11 +240,11 @@ def test_out_of_threads(count, start_limited, host, connect, worker):
 
 
 @peers.counted(200, 1000, "clientes")
-def test_refused_clients_that_stay(count, start_limited, host, connect, worker):
+def test_refused_clients_that_stay(count, start_proxy, host, connect, worker):
     """Quem recebe 401 ou 503 e não fecha a conexão não ocupa os descritores, que são menos que os clientes: todos têm
     resposta, e /ping segue respondendo."""
     peers.allow_descriptors(2 * count + 500)
-    proxy = start_limited(140, "-t", 600000, env={"AUTH_TOKEN": "segredo"})
+    proxy = start_proxy("-t", 600000, env={"AUTH_TOKEN": "segredo"}, wrapper=limited(140))
     token = {"Authorization": "Bearer segredo"}
     streams, tasks = [], []
     while (answer := connect(proxy).request("POST", "/", token).response()).status == 200:
