@@ -3,7 +3,9 @@
 import contextlib
 import json
 import re
+import signal
 import statistics
+import sys
 import threading
 import time
 import urllib.parse
@@ -11,6 +13,7 @@ import urllib.parse
 import pytest
 
 import browser
+import conftest
 import harness
 
 
@@ -289,6 +292,58 @@ def test_chat_lamp_follows_the_proxy(start_proxy, open_chat, worker):
     browser.expect(answer).to_have_attribute("data-state", "live")
     task.finish()
     browser.expect(answer).to_have_attribute("data-state", "done")
+
+
+def test_chat_says_what_to_type(start_proxy, start_redis, open_page, serve_files, examples):
+    """Aberta sem proxy, a página diz logo o que digitar; sem CORS_ORIGIN, o que ligar; sem Redis, onde olhar."""
+    port, site = harness.free_port(), serve_files(examples)
+    page = open_page(f"{site.origin}/chat.html?proxy=http://127.0.0.1:{port}/chat%23segredo")
+    away = page.locator("#lamp_text")
+    browser.expect(away).to_have_text(
+        f"Nada responde em http://127.0.0.1:{port}/chat. Num terminal, na pasta do projeto, digite: packaging/demo"
+    )
+    browser.expect(away).to_be_in_viewport(ratio=1)
+    browser.expect(page.get_by_text("O worker da demonstração só devolve o que você escreve.")).to_be_visible()
+    assert page.evaluate(contrast_script) == []
+    server = start_redis()
+    start_proxy("--port", str(port), redis=server).wait_log("pronto")
+    page.evaluate("check_proxy()")
+    browser.expect(away).to_contain_text(f"não autoriza esta página: inicie o proxy com CORS_ORIGIN={site.origin}")
+    proxy = start_proxy("--cors-origin", site.origin, redis=server)
+    page.get_by_label("Proxy", exact=True).fill(f"127.0.0.1:{proxy.port}/chat")
+    page.keyboard.press("Tab")
+    browser.expect(page.locator("#lamp")).to_have_attribute("data-state", "up")
+    browser.expect(away).to_be_hidden()
+    server.kill()
+    page.evaluate("check_proxy()")
+    browser.expect(away).to_contain_text("não está pronto (HTTP 500): veja o log do proxy")
+    # Um endereço que não é um endereço também tem a sua frase.
+    page.get_by_label("Proxy", exact=True).fill("http://")
+    page.keyboard.press("Tab")
+    browser.expect(away).to_contain_text("Nada responde em http://.")
+
+
+def test_demo_serves_the_chat(open_page, tmp_path):
+    """packaging/demo diz onde está a página; aberta do disco, ela conversa com o worker, que devolve o que se escreve."""
+    demo = harness.background(tmp_path / "demo", "demonstração")
+    # O ambiente virtual fica onde as outras provas guardam o que instalam.
+    demo.spawn(
+        [sys.executable, harness.root / "packaging" / "demo"],
+        {**harness.base_environment(), "XDG_CACHE_HOME": str(conftest.CLIENTS_CACHE)},
+    )
+    try:
+        harness.eventually(lambda: "O log do proxy:" in demo.output() or not demo.alive(), 120, "a demonstração no ar")
+        assert '  {"type": "end"}\n' in demo.output(), demo.log()
+        page = open_page(re.search(r"file://\S+", demo.output())[0])
+        browser.expect(page.locator("#lamp")).to_have_attribute("data-state", "up")
+        answer = say(page, "Olá, mundo em partes")
+        browser.expect(answer).to_have_attribute("data-state", "done")
+        browser.expect(answer.locator(".prose")).to_have_text("Olá, mundo em partes")
+        harness.eventually(lambda: re.search("fim=concluida", demo.output()), 5, "a tarefa no log mostrado")
+        demo.signal(signal.SIGINT)
+        assert (demo.wait(), demo.log()) == (0, "")
+    finally:
+        demo.kill()
 
 
 def test_chat_retries_in_place(start_proxy, open_chat, worker):
