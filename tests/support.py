@@ -1,13 +1,16 @@
 """Ferramentas das provas de streaming que vão além de harness.py: tarefas abertas aos pares, um worker que sobrevive à
 queda do Redis, um intermediário que perde pedidos e respostas, e a hora de chegada dada pelo núcleo."""
 
+import asyncio
 import contextlib
+import os
 import re
 import selectors
 import socket
 import struct
 import threading
 import time
+import uuid
 
 import redis
 import redis.backoff
@@ -117,6 +120,36 @@ def limited_user(server, *rules):
     with contextlib.closing(server.new_client()) as client:
         client.execute_command("ACL", "SETUSER", "limitado", "on", ">senha", "~*", "&*", "+@all", *rules)
     return {"REDIS_SERVER": f"redis://limitado:senha@{server.address}"}
+
+
+def apart(*kinds):
+    """Monta o comando que roda outro em espaços de nomes próprios.
+
+    Argumentos:
+        kinds: os espaços ("mount", "net", "pid") e as demais opções de unshare, sem os hífens.
+
+    Retorno:
+        O wrapper de start_proxy (lista).
+    """
+    return ["unshare", *(["--map-root-user"] if os.geteuid() else []), *[f"--{kind}" for kind in kinds]]
+
+
+def with_files(files):
+    """Monta o comando que roda outro com arquivos do sistema trocados, que só ele vê.
+
+    Argumentos:
+        files: dicionário de caminho do sistema (str) para o arquivo que o substitui.
+
+    Retorno:
+        O wrapper de start_proxy (lista).
+    """
+    pairs = [str(path) for target, source in files.items() for path in (source, target)]
+    # A raiz de um chroot não é um ponto de montagem: quem o fez já a isolou.
+    script = (
+        "mount --make-rprivate / 2>/dev/null || :; "
+        'while [ "$1" != -- ]; do mount --bind "$1" "$2"; shift 2; done; shift; exec "$@"'
+    )
+    return [*apart("mount", "propagation=unchanged"), "sh", "-ec", script, "sh", *pairs, "--"]
 
 
 def stamped_lines(response, timeout=20.0):
@@ -354,3 +387,94 @@ class relay(threading.Thread):
             key.fileobj.close()
         self.selector.close()
         self.hand.close()
+
+
+class slow_link(threading.Thread):
+    """Enlace lento com o Redis: cada conexão do proxy sobe com um limite, e uma não atrasa a outra."""
+
+    def __init__(self, port, pace):
+        """Começa a escutar e a repassar.
+
+        Argumentos:
+            port: porta do Redis.
+            pace: bytes por segundo.
+        """
+        super().__init__(name="slow_link", daemon=True)
+        self.target, self.pace = port, pace
+        self.listener = socket.socket()
+        # Só vale se posto antes de conectar: o sistema guardaria os megabytes da tarefa inteira.
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        self.listener.bind(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}/{harness.default_db}"
+        self.loop = asyncio.new_event_loop()
+        self.start()
+
+    async def carry(self, reader, writer, pace):
+        """Repassa um sentido. Argumentos: reader, writer, de onde e para onde; pace, bytes por segundo ou None."""
+        with contextlib.suppress(OSError):
+            while data := await reader.read(pace // 20 if pace else 65536):
+                writer.write(data)
+                await writer.drain()
+                await asyncio.sleep(len(data) / pace if pace else 0)
+        writer.close()
+
+    async def accept(self, reader, writer):
+        """Repassa uma conexão. Argumentos: reader, writer, os dois sentidos dela."""
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        await asyncio.gather(self.carry(reader, far_writer, self.pace), self.carry(far_reader, writer, None))
+
+    def run(self):
+        """Repassa até close."""
+        making = asyncio.start_server(self.accept, sock=self.listener, limit=self.pace // 20)
+        server = self.loop.run_until_complete(making)
+        self.loop.run_forever()
+        server.close()
+        for each in asyncio.all_tasks(self.loop):
+            each.cancel()
+        self.loop.run_until_complete(asyncio.sleep(0.01))
+        self.loop.close()
+
+    def close(self):
+        """Fecha tudo e espera a linha de execução."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.join(10)
+        assert not self.is_alive()
+
+
+class supervisor(threading.Thread):
+    """O systemd: recebe o que o proxy lhe notifica. rows é a lista de (instante, texto)."""
+
+    def __init__(self):
+        """Começa a ouvir; env é o ambiente que aponta para cá."""
+        super().__init__(name="supervisor", daemon=True)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        name = f"prova-{uuid.uuid4().hex}"
+        self.socket.bind(f"\0{name}")
+        self.env = {"NOTIFY_SOCKET": f"@{name}"}
+        self.rows = []
+        self.start()
+
+    def run(self):
+        """Guarda as notificações até close."""
+        while text := self.socket.recv(65536):
+            self.rows.append((time.monotonic(), text.decode()))
+
+    def gaps(self, since):
+        """Lista os intervalos, em segundos, entre os WATCHDOG=1 vindos desde um instante, o primeiro e o de agora inclusive.
+
+        Argumentos:
+            since: o instante monotônico.
+
+        Retorno:
+            Lista de segundos, em ordem crescente.
+        """
+        times = [since, *[when for when, text in self.rows if when > since and "WATCHDOG=1" in text], time.monotonic()]
+        return sorted(after - before for before, after in zip(times, times[1:], strict=False))
+
+    def close(self):
+        """Para de ouvir e espera a linha de execução."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+            own.sendto(b"", self.socket.getsockname())
+        self.join(10)
+        assert not self.is_alive()
+        self.socket.close()
