@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Worker de exemplo do py-ndjson-proxy: recebe tarefas e responde em partes.
 
-Só precisa de redis-py. Lê REDIS_SERVER, REDIS_PASSWORD, REDIS_CHANNEL e REDIS_QUEUE do
-ambiente, como o proxy. Com REDIS_QUEUE, tira as tarefas dessa lista, no lugar de ouvir o
-canal: nenhuma se perde por não haver um worker ouvindo, e só um a recebe. Para fazer o
-seu worker, troque a função answer().
+Só precisa de redis-py e python-dotenv. Lê REDIS_SERVER, REDIS_PASSWORD, REDIS_CHANNEL e
+REDIS_QUEUE do ambiente e dos arquivos de ENV_FILE (/etc/py-ndjson-proxy.env), como o proxy.
+Com REDIS_QUEUE, tira as tarefas dessa lista, no lugar de ouvir o canal: nenhuma se perde
+por não haver um worker ouvindo, e só um a recebe. Para fazer o seu worker, troque a função
+answer().
 """
 import argparse
 import json
@@ -15,18 +16,49 @@ import threading
 import time
 import uuid
 
+import dotenv
 import redis
 import redis.backoff
 import redis.retry
 
-REDIS_SERVER = os.environ.get("REDIS_SERVER") or "127.0.0.1:6379/1"
-REDIS_PASSWORD = os.environ.get("REDIS_PASSWORD") or None
-REDIS_CHANNEL = os.environ.get("REDIS_CHANNEL") or "ndjson_jobs"
-REDIS_QUEUE = os.environ.get("REDIS_QUEUE") or None
+
+def log(text):
+    """Escreve text em stderr, numa linha. Sem retorno."""
+    sys.stderr.write(f"worker: {text}\n")
+
+
+def fail(text):
+    """Diz em text o que esperar não conserta e sai com 2, como o proxy. Não retorna."""
+    log(text)
+    sys.exit(2)
+
+
+def read_settings():
+    """Lê os arquivos de ENV_FILE, do mais fraco ao mais forte, e o ambiente, que vale mais. Retorna um dict."""
+    named, values = os.environ.get("ENV_FILE"), {}
+    paths = (named or "/etc/py-ndjson-proxy.env").split(":")
+    for path in paths:
+        if os.path.exists(path) or (named and path == paths[-1]):
+            try:
+                with open(path, encoding="utf-8-sig") as file:
+                    values |= dotenv.dotenv_values(stream=file, interpolate=False)
+            except (OSError, UnicodeDecodeError) as error:
+                fail(f"ENV_FILE: {path}: {error}")
+    return {**values, **os.environ}
+
+
+environ = read_settings()
+REDIS_SERVER = environ.get("REDIS_SERVER") or "127.0.0.1:6379/1"
+REDIS_PASSWORD = environ.get("REDIS_PASSWORD") or None
+REDIS_CHANNEL = environ.get("REDIS_CHANNEL") or "ndjson_jobs"
+REDIS_QUEUE = environ.get("REDIS_QUEUE") or None
 parallel = 16                   # tarefas da fila ao mesmo tempo neste processo
 DELAY = 0.3                     # segundos entre as palavras (--delay)
 expiry = 600                    # segundos; nada do que o worker cria dura mais que isso
 stopping = threading.Event()    # o sinal de término só levanta esta bandeira
+# O que passa sozinho: a queda, e o Redis que troca de mestre.
+passing = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError,
+           redis.exceptions.ReadOnlyError, redis.exceptions.ClusterDownError)
 
 
 def answer(task):
@@ -45,18 +77,13 @@ def answer(task):
     yield {"type": "end"}
 
 
-def log(text):
-    """Escreve text em stderr, numa linha. Sem retorno."""
-    sys.stderr.write(f"worker: {text}\n")
-
-
 def persist(action):
     """Chama action(again) até o Redis responder (again: é repetição?). Retorna o que ela retornar."""
     pause, again = 0.25, False
     while True:
         try:
             return action(again)
-        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
+        except passing:
             if stopping.wait(pause):
                 raise
             pause, again = min(pause * 2, 8), True
@@ -76,7 +103,7 @@ def lines(task):
 
 def serve(link, task_key):
     """Responde a tarefa de task_key pela conexão link, numa thread só dela. Sem retorno."""
-    claim, owner = b"worker:claim:" + task_key, uuid.uuid4().hex
+    claim, owner, number = b"worker:claim:" + task_key, uuid.uuid4().hex, 0
     try:
         # PUBLISH chega a todos os workers; SET NX deixa passar um só. O valor da posse
         # (dono:linhas) conta o que já foi gravado, caso a conexão caia sem resposta.
@@ -104,8 +131,10 @@ def serve(link, task_key):
 
             if not persist(push):   # a chave sumiu: o cliente saiu, ou esgotou o tempo;
                 link.delete(task["task_list"])      # nosso RPUSH recriou a lista, sem leitor
+                log(f"tarefa {task['task_name']}: acabou no proxy antes da linha {number}")
                 return
         persist(lambda again: link.delete(task_key))    # "acabou"; a lista o proxy ainda lê
+        log(f"tarefa {task['task_name']}: {number} linhas")
     except (redis.exceptions.RedisError, ValueError, KeyError) as error:
         log(f"tarefa {task_key.decode(errors='replace')} abandonada: {error}")
 
@@ -158,18 +187,30 @@ def listen(link):
             stopping.wait(pause)
 
 
-if __name__ == "__main__":
+def main():
+    """Lê os argumentos, conecta e atende até o término. Sem retorno."""
+    global DELAY
     parser = argparse.ArgumentParser(description="Worker de exemplo do py-ndjson-proxy.")
     parser.add_argument("--delay", type=float, default=DELAY, help="segundos entre as palavras")
     DELAY = parser.parse_args().delay
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    # Sem repetição automática: um RPUSH que rodou e cuja resposta se perdeu rodaria
-    # de novo, e o cliente receberia a linha duas vezes (o redis-py repete desde a 6.0).
-    redis_link = redis.Redis.from_url(
-        REDIS_SERVER if "://" in REDIS_SERVER else "redis://" + REDIS_SERVER,
-        retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-        socket_timeout=10, health_check_interval=15, max_connections=10000)
+    try:
+        # Sem repetição automática: um RPUSH que rodou e cuja resposta se perdeu rodaria
+        # de novo, e o cliente receberia a linha duas vezes (o redis-py repete desde a 6.0).
+        link = redis.Redis.from_url(
+            REDIS_SERVER if "://" in REDIS_SERVER else "redis://" + REDIS_SERVER,
+            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+            socket_timeout=10, health_check_interval=15, max_connections=10000)
+    except ValueError:              # a frase do redis-py poderia trazer um pedaço da senha
+        fail("REDIS_SERVER: este worker entende ip:porta/database, redis://, rediss:// e unix://")
+    options = link.connection_pool.connection_kwargs
     if REDIS_PASSWORD:              # vale mais que a senha da URL, como no proxy
-        redis_link.connection_pool.connection_kwargs["password"] = REDIS_PASSWORD
-    listen(redis_link)
+        options["password"] = REDIS_PASSWORD
+    where = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
+    log(f"Redis em {where}/{options.get('db', 0)}")
+    listen(link)
+
+
+if __name__ == "__main__":
+    main()

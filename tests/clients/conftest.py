@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import signal
 
 import pytest
 
@@ -91,6 +92,39 @@ def serve_files(start_proxy, tmp_path):
             return site.start()
 
         yield start
+
+
+class example_worker(harness.background):
+    """Um worker de exemplo rodando."""
+
+    def start(self, command, env):
+        """Inicia o worker. Argumentos: command, a lista do comando; env, o ambiente dele. Retorno: o próprio."""
+        self.spawn(command, {**harness.base_environment(), "ENV_FILE": os.devnull, **env})
+        return self
+
+
+@pytest.fixture
+def start_example(redis_main, db, tmp_path):
+    """Fábrica de workers de exemplo: start_example(comando, **ambiente). Ao fim, são encerrados e as posses, apagadas.
+
+    Retorno:
+        Função que devolve um example_worker já iniciado, no Redis da sessão se o ambiente não disser outro.
+    """
+    running = []
+
+    def start(*command, **env):
+        """Inicia um. Argumentos: command, o comando; env, o ambiente. Retorno: o example_worker."""
+        made = example_worker(tmp_path / f"worker-{len(running)}", "worker")
+        running.append(made)
+        return made.start(list(map(str, command)), {"REDIS_SERVER": redis_main.address, **env})
+
+    yield start
+    for made in running:
+        if made.alive():
+            made.signal(signal.SIGTERM)
+            made.wait()
+    for key in db.keys("worker:claim:*"):
+        db.delete(key)
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ commands = {
     "node-fetch": f"node {readers}/fetch.mjs {{url}}",
     "npm-ndjson": f"node {readers}/ndjson.cjs {{url}}",
     "npm-can-ndjson-stream": f"node {readers}/can_ndjson_stream.cjs {{url}}",
+    "php-curl": f"php {readers}/with_curl.php {{url}}",
+    "php-fgets": f"php {readers}/with_fgets.php {{url}}",
     "perl": f"perl {readers}/reader.pl {{url}}",
     "go": "{go} {url}",
 }
@@ -133,3 +135,17 @@ def test_many_lines_at_once(start_proxy, worker, tmp_path, node_folder, go_reade
     finally:
         for reading in running:
             reading.kill()
+
+
+@pytest.mark.parametrize("name", ["requests", "aiohttp"])
+def test_long_line(name, share_proxy, worker, tmp_path, node_folder):
+    """Uma linha de 8 MB: o aiohttp só a lê com read_bufsize maior, e o requests, sem chunk_size, leva meio minuto."""
+    proxy = share_proxy()
+    reading = reader(tmp_path / "reader", name)
+    reading.start(commands[name].format(url=f"http://127.0.0.1:{proxy.port}/"), node_folder)
+    try:
+        worker.next(20).finish(json.dumps("x" * 8000000))
+        assert reading.wait(15) == 0, reading.log()
+        assert reading.objects() == ["x" * 8000000]
+    finally:
+        reading.kill()

