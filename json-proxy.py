@@ -65,6 +65,8 @@ import functools
 import gc
 import hmac
 import http
+import http.client
+import importlib.metadata
 import importlib.util
 import io
 import ipaddress
@@ -83,10 +85,42 @@ import ssl
 import sys
 import threading
 import time
+import traceback
 import typing
 import urllib.parse
 import uuid
+import warnings
 
+
+def quiet_libraries():
+    """Apaga do ambiente o que as bibliotecas leriam por conta própria, e cala os avisos delas."""
+    for name in list(os.environ):
+        if name.upper().startswith(("FLASK_", "WERKZEUG_", "PROMETHEUS_", "SSLKEYLOGFILE")):
+            del os.environ[name]
+    warnings.simplefilter("ignore")
+
+
+def import_problem(error):
+    """Diz que módulo falta ou não serve.
+
+    Argumentos:
+        error (Exception): o que impediu a importação.
+    Retorna:
+        str: frase para o operador.
+    """
+    file = traceback.extract_tb(error.__traceback__)[-1].filename
+    owner = getattr(getattr(error, "obj", None), "__name__", None) or getattr(error, "name", None)
+    module = (owner or os.path.basename(file)).partition(".")[0]
+    problem = f"falta o módulo {module}"
+    if module in sys.modules or not isinstance(error, ModuleNotFoundError):
+        file = getattr(sys.modules.get(module), "__file__", file)
+        installed = {each.name.lower(): each.version for each in importlib.metadata.distributions() if each.name}
+        problem = f"o módulo {module}, em {file}, não serve: {error}; versão instalada: {installed.get(module, 'nenhuma')}"
+    return (f"{problem}; é preciso flask 2.2, werkzeug 2.2, redis 4.3, waitress 2.1 e python-dotenv 0.21, ou mais novos; "
+            "no Debian: apt install python3-flask python3-redis python3-waitress python3-dotenv")
+
+
+quiet_libraries()
 try:
     import dotenv
     import dotenv.parser
@@ -101,9 +135,10 @@ try:
     import waitress.wasyncore
     import werkzeug.exceptions
     import werkzeug.serving
-except ModuleNotFoundError:
-    print(f"erro: falta o módulo {sys.exc_info()[1].name}; no Debian: apt install python3-flask python3-redis "
-          "python3-waitress python3-dotenv", file=sys.stderr)
+    # Um arquivo vizinho de mesmo nome, importado em lugar do módulo, não os teria.
+    needed = (dotenv.dotenv_values, flask.Flask, redis.Redis, waitress.create_server)
+except Exception as error:
+    print(f"erro: {import_problem(error)}", file=sys.stderr)
     sys.exit(2)
 
 version = "1.0.0"
@@ -444,10 +479,17 @@ def parse_redis_address(text):
         raise ValueError(text)
     if url.port == 0 or (url.scheme != "unix" and not re.fullmatch(r"(/[0-9]*/?)?", url.path)):
         raise ValueError(text)
-    # Na URL, estas opções valeriam mais que as do programa, que depende das suas.
-    if url_reserved & set(urllib.parse.parse_qs(url.query, keep_blank_values=True)):
-        raise ValueError(text)
-    # A conexão só é construída aqui para que o redis-py confira as opções da URL.
+    # A conexão só é construída aqui para que o redis-py confira as opções da URL: uma a uma, para nomear a errada.
+    bare = f"{url.scheme}://{url.netloc or url.path}"
+    for name, value in urllib.parse.parse_qsl(url.query, keep_blank_values=True):
+        try:
+            if name in url_reserved:
+                # Na URL, valeriam mais que as do programa, que depende das suas.
+                raise ValueError("é do programa")
+            redis.ConnectionPool.from_url(f"{bare}?{urllib.parse.urlencode({name: value})}").make_connection()
+        except Exception as error:
+            takes = "aceita none, optional ou required" if name == "ssl_cert_reqs" else f"não serve ({error})"
+            raise ValueError(text, f"a opção {name} da URL {takes}") from error
     try:
         connection = redis.ConnectionPool.from_url(text).make_connection()
         if not 0 <= int(connection.db) <= last_database:
@@ -516,6 +558,8 @@ settings = [
             "validade das chaves da tarefa, renovada enquanto o streaming vive"),
     setting("REDIS_WAKE", ("--wake",), switch_kind, "on", "Redis", "",
             "o Redis avisa qual chave mudou, e a linha sai antes de INTERVAL"),
+    setting("REDIS_REANNOUNCE", ("--reannounce",), switch_kind, "on", "Redis", "",
+            "a tarefa que ninguém ouviu é publicada de novo a cada segundo, até que um worker a ouça"),
     setting("INTERVAL", ("-i", "--interval"), integer(1, day), "200", "Tempos", "ms",
             "tempo entre duas consultas por linhas novas; com os avisos, só uma rede"),
     setting("PAUSE", ("-P", "--pause"), integer(0, day), "20", "Tempos", "ms",
@@ -565,6 +609,7 @@ REDIS_PREFIX: str = ...
 REDIS_LIST_PREFIX: str = ...
 REDIS_TTL: int = ...
 REDIS_WAKE: bool = ...
+REDIS_REANNOUNCE: bool = ...
 INTERVAL: int = ...
 PAUSE: int = ...
 MAXTIME: int = ...
@@ -715,14 +760,14 @@ def unknown_names(values, path):
         list[str]: um aviso por nome desconhecido, com a configuração mais parecida.
     """
     names = [row.name for row in settings]
-    warnings = []
+    cautions = []
     for name in values:
         if name in names:
             continue
         near = difflib.get_close_matches(name.upper(), names, 1, 0.5)
         hint = f"; a mais parecida é {near[0]}" if near else ""
-        warnings.append(f"{name}, no arquivo {path}, não é uma configuração conhecida e foi ignorada{hint}")
-    return warnings
+        cautions.append(f"{name}, no arquivo {path}, não é uma configuração conhecida e foi ignorada{hint}")
+    return cautions
 
 
 def parse_setting(row, given):
@@ -740,12 +785,13 @@ def parse_setting(row, given):
         # Bytes fora de UTF-8 chegam do sistema como surrogates, que o Redis recusaria.
         given.text.encode("utf-8")
         return row.kind.parse(given.text)
-    except ValueError:
+    except ValueError as error:
         # Uma URL do Redis traz a senha antes do @ ou entre as opções, depois do "?".
         is_secret = row.secret or (row.name == "REDIS_SERVER" and re.search(r"[@?]", given.text))
         shown = "o valor dado" if is_secret else f"o valor {given.text!r}"
+        reason = error.args[1] if type(error) is ValueError and len(error.args) == 2 else ""
         raise configuration_error(
-            f"{row.name}: {shown} ({given.layer}) não é válido; é permitido {row.kind.allowed}"
+            f"{row.name}: {shown} ({given.layer}) não é válido; {reason or f'é permitido {row.kind.allowed}'}"
         ) from None
 
 
@@ -795,14 +841,14 @@ def load_settings(argv, environ):
         if row.name in arguments:
             upper[row.name] = layered(arguments[row.name], f"argumento {row.flags[-1]}")
     named = parse_setting(settings[-1], upper.get("ENV_FILE", given["ENV_FILE"]))
-    warnings = []
+    cautions = []
     paths = named.split(":")
     for path in paths:
         # Só o último arquivo que o operador nomeou precisa existir.
         values = read_env_file(path, required=path == paths[-1] and "ENV_FILE" in upper)
-        warnings += unknown_names(values, path)
+        cautions += unknown_names(values, path)
         if values.pop("ENV_FILE", named) != named:
-            warnings.append(f"ENV_FILE, dentro do arquivo {path}, não tem efeito")
+            cautions.append(f"ENV_FILE, dentro do arquivo {path}, não tem efeito")
         given |= {row.name: layered(values[row.name], f"arquivo {path}") for row in settings if row.name in values}
     given |= upper
     if given["AUTH_TOKEN"].text and not given["HEADERS_EXCLUDE"].text.strip():
@@ -811,11 +857,20 @@ def load_settings(argv, environ):
     for row in settings:
         globals()[row.name] = parse_setting(row, given[row.name])
     check_combinations(given)
-    warnings += [
+    for row in settings:
+        text, layer = given[row.name]
+        if row.kind is line_kind:
+            try:
+                json.loads(text)
+            except ValueError:
+                cautions.append(f"{row.name}: o valor ({layer}) não é JSON: um cliente de NDJSON pode recusar essa linha")
+        elif re.fullmatch(r"(['\"]).*\1", text):
+            cautions.append(f"{row.name}: o valor ({layer}) começa e termina com aspas, que fazem parte dele")
+    cautions += [
         f"{row.name}: o argumento {row.flags[-1]} deixa o segredo à vista na lista de processos; "
         f"o lugar dele é o arquivo {paths[-1]}" for row in secret_arguments(arguments)
     ]
-    return actions, given, warnings
+    return actions, given, cautions
 
 
 def check_combinations(given):
@@ -1030,8 +1085,12 @@ redis_timeout = 2.0
 down_patience = 0.25
 # A cada quanto, em segundos, um PING prova que a conexão vive.
 idle_ping = 30.0
-# Tamanho, em bytes, de uma leitura da conexão.
+# Tamanho, em bytes, de uma leitura da conexão, e do que o sistema guarda por enviar: com muito guardado, um
+# envio que avança pareceria parado.
 receive_size = 65536
+# Uma tarefa deste tamanho, em bytes, tem uma conexão só para si: na comum, faria esperar todas as outras, e o Redis
+# fecha a conexão que lhe manda mais do que aceita.
+large_payload = 262144
 # Limites de uma retirada com PAUSE=0: maiores rendem mais linhas por segundo, mas seguram
 # por mais tempo os outros streams e a memória.
 take_lines = 500
@@ -1160,6 +1219,8 @@ class redis_link:
         self.attempt, self.lost = loop.create_future(), None
         # Se o Redis manda avisos, se os recusou da última vez, e o começo da retirada (vazio se ele nega scripts).
         self.is_tracked, self.is_mute, self.take_head = False, False, b""
+        # Se todo worker só pode estar ouvindo este servidor: sem réplicas nem cluster, o que PUBLISH conta é tudo.
+        self.is_alone = False
         # Se o log já disse que o Redis está fora do ar, e por quê.
         self.is_down, self.told = False, ""
 
@@ -1169,12 +1230,7 @@ class redis_link:
         Levanta:
             redis.RedisError, OSError: se o Redis não atender.
         """
-        # Nomes, TCP, TLS, AUTH e SELECT esperam pela rede: não no laço.
-        await asyncio.to_thread(self.connection.connect)
-        self.lost = loop.create_future()
-        self.socket = redis_socket(self.connection)
-        self.socket.setblocking(False)
-        loop.add_reader(self.socket, self.receive)
+        await self.connect()
         try:
             async with asyncio.timeout(redis_timeout):
                 await self.greet()
@@ -1182,6 +1238,52 @@ class redis_link:
             self.lose(error)
             raise redis.TimeoutError("sem resposta do Redis") if isinstance(error, TimeoutError) else error from None
         self.up.set()
+
+    async def connect(self):
+        """Abre a conexão, e nada mais.
+
+        Levanta:
+            redis.RedisError, OSError: se o Redis não atender.
+        """
+        # Nomes, TCP, TLS, AUTH e SELECT esperam pela rede: não no laço.
+        await asyncio.to_thread(self.connection.connect)
+        self.lost = loop.create_future()
+        self.socket = redis_socket(self.connection)
+        self.socket.setblocking(False)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, receive_size)
+        loop.add_reader(self.socket, self.receive)
+
+    async def watch(self):
+        """Espera a queda da conexão; prova que ela vive, e derruba a que não responde."""
+        ping_at = loop.time() + idle_ping
+        while not self.lost.done():
+            await asyncio.wait([self.lost], timeout=redis_timeout / 4)
+            now = loop.time()
+            if now >= ping_at:
+                ping_at = now + idle_ping
+                self.send(("PING",))
+            if self.pending and now > max(self.pending[0].sent_at, self.moved_at) + redis_timeout:
+                self.lose(redis.TimeoutError("sem resposta do Redis"))
+
+    async def survey(self):
+        """Procura no Redis o que recusaria ou perderia uma tarefa; do que ele nega, nada se diz.
+
+        Retorna:
+            list[str]: um aviso por perigo.
+        Levanta:
+            redis.RedisError: se a conexão cair.
+        """
+        memory, *limits = await self.send(
+            ("INFO", "memory"), ("CONFIG", "GET", "proto-max-bulk-len"), ("CONFIG", "GET", "client-query-buffer-limit"))
+        memory, cautions = memory if isinstance(memory, bytes) else b"", []
+        if found := re.search(rb"\nmaxmemory:[1-9].*maxmemory_policy:(?!noeviction)(\S+)", memory, re.DOTALL):
+            cautions.append(f"maxmemory-policy é {found[1].decode()}: sem memória, o Redis apagaria tarefas e linhas, e uma "
+                            "resposta pela metade pareceria inteira; o certo é noeviction")
+        for name, limit in (reply for reply in limits if isinstance(reply, list) and reply):
+            if int(limit) < MAX_BODY:
+                cautions.append(f"MAX_BODY: o valor {MAX_BODY} passa de {name.decode()}, que no Redis é {int(limit)}: "
+                                "ele recusará uma tarefa maior")
+        return cautions
 
     async def greet(self):
         """Prova a conexão recém-aberta e pede o que o programa usa.
@@ -1217,12 +1319,24 @@ class redis_link:
             elif self.is_mute and not denied:
                 log.info("REDIS_WAKE: avisos do Redis restabelecidos")
             self.is_mute = denied is not None
+        await self.look_around()
 
-    def lose(self, error):
+    async def look_around(self):
+        """Vê se há réplicas ou um cluster, de cujos ouvintes PUBLISH não diria nada; na dúvida, há.
+
+        Levanta:
+            redis.RedisError: se a conexão cair.
+        """
+        replies = await self.send(("INFO", "replication"), ("INFO", "cluster"))
+        self.is_alone = not first_error(replies) and (
+            b"role:master" in replies[0] and b"connected_slaves:0" in replies[0] and b"cluster_enabled:0" in replies[1])
+
+    def lose(self, error, is_quiet=False):
         """Fecha a conexão; quem esperava por uma resposta recebe a falha.
 
         Argumentos:
             error (Exception): a causa.
+            is_quiet (bool): verdadeiro se o Redis a fechou em repouso: só é uma queda se a próxima não abrir.
         """
         if self.socket is None:
             return
@@ -1238,7 +1352,7 @@ class redis_link:
         for each in waiting:
             if not each.future.done():
                 each.future.set_exception(kind(str(error)))
-        self.lost.set_result(error)
+        self.lost.set_result(None if is_quiet else error)
 
     def send(self, *commands):
         """Põe comandos na fila de saída; saem juntos com os que outros pedirem neste giro do laço.
@@ -1270,6 +1384,8 @@ class redis_link:
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             sent = 0
         except OSError as error:
+            # Quem fecha diz antes por quê.
+            self.receive()
             self.lose(error)
             return
         del self.outgoing[:sent]
@@ -1292,12 +1408,12 @@ class redis_link:
                 if len(data) < receive_size and not getattr(self.socket, "pending", int)():
                     break
             else:
-                self.lose(redis.ConnectionError("conexão fechada pelo servidor"))
+                self.lose(redis.ConnectionError("conexão fechada pelo servidor"), not self.pending)
                 return
         except (BlockingIOError, ssl.SSLWantReadError):
             pass
         except (OSError, MemoryError) as error:
-            self.lose(error)
+            self.lose(error, not self.pending)
             return
         self.moved_at = loop.time()
         if self.missing > 0:
@@ -1412,7 +1528,7 @@ def parse_reply(data, start):
     if end < 0:
         return None, -1
     mark, text, position = data[start:start + 1], data[start + 1:end], end + 2
-    if mark == b"$":
+    if mark in b"$=":
         end = position + int(text)
         if end < position:
             return None, position
@@ -1695,7 +1811,7 @@ client_timeout = 60.0
 # Tempo, em segundos, que um cliente já servido tem para fechar: fechar antes dele, com
 # bytes seus por ler, apagaria o fim da resposta ainda a caminho (RST).
 closing_patience = 1.0
-# Tempo, em segundos, que a última consulta tem depois que MAXTIME se esgota.
+# Tempo, em segundos, que tem a última consulta, depois que MAXTIME se esgota ou que o cliente sai.
 last_take_patience = 0.5
 redis_unavailable = (504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
 last_chunk = b"0\r\n\r\n"
@@ -1706,6 +1822,8 @@ send_buffer = 262144
 live = {}
 names = {}
 runners = {}
+# Os que ninguém ouviu ainda.
+unheard = {}
 # Chaves de tarefas encerradas, por apagar: além do limite, a validade das chaves faz o serviço.
 removals = collections.deque(maxlen=10000)
 has_removals = asyncio.Event()
@@ -1802,6 +1920,8 @@ class client(asyncio.Protocol):
             is_ours (bool): verdadeiro se não vem do worker: é a linha de um erro.
         """
         self.skipped += skipped
+        if meter is not None:
+            meter.skipped.inc(skipped)
         if not lines:
             return
         self.lines += lines
@@ -1953,11 +2073,11 @@ class stream:
             self.timer = loop.call_soon(self.tick)
             if self.reason is None:
                 self.reason = await self.relay()
-        except asyncio.CancelledError:
-            # Quem cancelou já disse o motivo, em end.
-            pass
-        except OSError:
-            self.reason = ended_client
+        except (asyncio.CancelledError, OSError):
+            # Quem cancelou já disse o motivo, em end; o resto é a rede do cliente.
+            self.reason = self.reason or ended_client
+            if self.reason == ended_client and self.task.key in names and await self.was_finished():
+                self.reason = ended_done
         except refusal as error:
             self.reason = ended_error
             self.accepted.set_exception(error)
@@ -2006,24 +2126,62 @@ class stream:
         key = self.task.key
         # Antes da gravação: um worker veloz já empurra enquanto a resposta dela volta.
         names[key] = names[self.task.list] = self
+        stored = [("SET", key, self.task.payload, "EX", REDIS_TTL)]
+        if len(self.task.payload) >= large_payload:
+            await self.store_apart(stored.pop())
         queued = [("RPUSH", REDIS_QUEUE, key)] if REDIS_QUEUE else []
         try:
             # Uma transação: se o SET for recusado, nada é publicado nem entra na fila.
-            replies = await link.send(("MULTI",), ("SET", key, self.task.payload, "EX", REDIS_TTL), *queued,
-                                      ("PUBLISH", REDIS_CHANNEL, key), ("EXEC",))
+            replies = await link.send(("MULTI",), *stored, *queued, ("PUBLISH", REDIS_CHANNEL, key), ("EXEC",))
         except redis_failures:
             raise refusal(*redis_unavailable) from None
         self.task.payload = b""
         # Dentro da transação, só a fila pode falhar: não é uma lista.
-        error = first_error(replies) or first_error(replies[-1])
-        if error is not None:
-            warn_rarely(f"o Redis recusou uma tarefa: {redis_words(error)}")
-            raise refusal(500, "redis_error", f"o Redis recusou a tarefa: {redis_words(error)}")
+        if error := first_error(replies) or first_error(replies[-1]):
+            self.reject(redis_words(error))
         if replies[-1][-1] == 0 and not REDIS_QUEUE:
-            log.warning("tarefa=%s ninguém ouve o canal %s: a tarefa espera por um worker", self.task.name, REDIS_CHANNEL)
+            unheard[self] = None
+            again = "será anunciada de novo a cada segundo" if REDIS_REANNOUNCE and link.is_alone else (
+                "não será anunciada de novo")
+            log.warning("tarefa=%s ninguém ouve o canal %s: a tarefa %s", self.task.name, REDIS_CHANNEL, again)
             if meter is not None:
                 meter.unheard.inc()
         self.accepted.set_result(None)
+
+    async def store_apart(self, command):
+        """Grava por uma conexão própria uma tarefa longa.
+
+        Argumentos:
+            command (tuple): o SET.
+        Levanta:
+            refusal: se o Redis não atende, ou a recusa.
+        """
+        apart = redis_link()
+        try:
+            await apart.connect()
+            spawn(apart.watch())
+            reply, = await apart.send(command)
+            words = redis_words(reply) if isinstance(reply, Exception) else ""
+        except (redis.RedisError, OSError) as error:
+            # Um Redis que fecha esta conexão e atende na outra não quis a tarefa.
+            if not await redis_ping():
+                raise refusal(*redis_unavailable) from None
+            words = cause_of(error)
+        finally:
+            apart.lose(redis.ConnectionError("já não é precisa"))
+        if words:
+            self.reject(f"{words} (são {len(self.task.payload)} bytes; veja proto-max-bulk-len e client-query-buffer-limit)")
+
+    def reject(self, words):
+        """Recusa a tarefa, porque o Redis a recusou.
+
+        Argumentos:
+            words (str): as palavras dele.
+        Levanta:
+            refusal: sempre.
+        """
+        warn_rarely(f"o Redis recusou uma tarefa: {words}", "tarefa recusada")
+        raise refusal(500, "redis_error", f"o Redis recusou a tarefa: {words}")
 
     async def relay(self):
         """Tira as linhas do Redis e as envia, até o fim: o laço da especificação.
@@ -2093,6 +2251,18 @@ class stream:
                 break
         return key_type, []
 
+    async def was_finished(self):
+        """Vê se o cliente que saiu já tinha tudo: a chave da tarefa e as linhas já acabaram.
+
+        Retorna:
+            bool: falso também se o Redis não o disse.
+        """
+        with contextlib.suppress(*redis_failures, TimeoutError):
+            async with asyncio.timeout(last_take_patience):
+                left, = await link.send(("EXISTS", self.task.key, self.task.list))
+                return left == 0
+        return False
+
     def explain(self, error):
         """Registra um fim por erro e o escreve para o cliente.
 
@@ -2116,6 +2286,7 @@ class stream:
         if self.timer is not None:
             self.timer.cancel()
         live.pop(self, None)
+        unheard.pop(self, None)
         asked, sent = self.task, self.client
         if names.pop(asked.key, None) is None:
             return
@@ -2161,8 +2332,10 @@ def hear_changes(keys):
 net_size = 1
 # Streams ou chaves de um só comando ou grupo: mais seguraria o Redis e os outros.
 slice_size = 500
-# Informe ao systemd, em segundos (WatchdogSec é 30); exame das listas sem dono e dos prazos das requisições.
-status_interval = 5.0
+# Informe ao systemd, em segundos, se o vigia não pede mais; novo anúncio do que ninguém ouviu; exame das listas sem
+# dono e dos prazos das requisições.
+status_interval = 1.0
+announce_interval = 1.0
 strangers_interval = 5.0
 sweep_interval = 0.25
 # Espera, em segundos, para pedir de novo que se apaguem as chaves que o Redis recusou apagar.
@@ -2219,17 +2392,11 @@ def slices(items):
 
 async def keep_link():
     """Mantém a conexão com o Redis: prova que ela vive, percebe a queda e a reabre."""
-    failures, ping_at = 0, loop.time() + idle_ping
+    failures = 0
     while True:
-        while not link.lost.done():
-            await asyncio.wait([link.lost], timeout=redis_timeout / 4)
-            now = loop.time()
-            if now >= ping_at:
-                ping_at = now + idle_ping
-                link.send(("PING",))
-            if link.pending and now > max(link.pending[0].sent_at, link.moved_at) + redis_timeout:
-                link.lose(redis.TimeoutError("sem resposta do Redis"))
-        tell_down(link.lost.result())
+        await link.watch()
+        if link.lost.result() is not None:
+            tell_down(link.lost.result())
         while not link.up.is_set():
             link.hurry.clear()
             if failures:
@@ -2242,12 +2409,14 @@ async def keep_link():
                 tell_down(error)
             attempt, link.attempt = link.attempt, loop.create_future()
             attempt.set_result(None)
-        link.is_down = False
-        log.info("Redis de volta")
-        if meter is not None:
-            meter.returns.inc()
-        tell_systemd()
         take_up(catch_up)
+        if link.is_down:
+            link.is_down = False
+            log.info("Redis de volta")
+            if meter is not None:
+                meter.returns.inc()
+            tell_systemd()
+            take_up(look_for_dead)
         await asyncio.wait([link.lost], timeout=1.0)
         # Uma recusa que dura seria achada de novo logo depois de reabrir; um corte, não.
         is_refused = link.lost.done() and isinstance(link.lost.result(), redis_refusals)
@@ -2298,6 +2467,26 @@ async def cast_net():
             live[each] = live.pop(each)
         for some in slices(part):
             await examine(some)
+
+
+async def announce_again():
+    """Anuncia de novo, a cada segundo, as tarefas que ninguém ouviu: o worker delas pode ter chegado depois."""
+    while REDIS_REANNOUNCE:
+        await asyncio.sleep(announce_interval)
+        with contextlib.suppress(*redis_failures):
+            if unheard:
+                await link.look_around()
+            for part in slices(unheard if link.is_alone else ()):
+                # Se a resposta se perder, não se sabe se foram ouvidas: não se repete.
+                for each in part:
+                    unheard.pop(each, None)
+                counts = await link.send(*[("PUBLISH", REDIS_CHANNEL, each.task.key) for each in part])
+                for each, count in zip(part, counts, strict=True):
+                    # A que já tem linhas foi achada de outro modo.
+                    if count == 0 and each in live and each.sequence == 1:
+                        unheard[each] = None
+                    elif count != 0:
+                        log.info("tarefa=%s ouvida, ao ser anunciada de novo", each.task.name)
 
 
 async def renew_keys():
@@ -2360,14 +2549,13 @@ async def expire_lone(keys):
 
 
 async def catch_up():
-    """Procura, uma vez por conexão, o que mudou sem aviso, e o que proxies mortos deixaram."""
+    """Procura, uma vez por conexão, o que mudou sem aviso."""
     for part in slices(live):
         await examine(part)
-    await look_for_dead()
 
 
 async def look_for_dead():
-    """Dá validade às listas sem nenhuma e tira da fila as tarefas mortas."""
+    """Cuida do que proxies mortos deixaram: dá validade às listas sem nenhuma e tira da fila as tarefas mortas."""
     prefixes = (REDIS_LIST_PREFIX.encode(), REDIS_PREFIX.encode())
     # Uma volta só para as duas formas de lista: o que custa é percorrer o banco.
     form = re.sub(r"([*?\[\]\\])", r"\\\1", os.path.commonprefix([REDIS_LIST_PREFIX, REDIS_PREFIX])) + "*"
@@ -2401,10 +2589,11 @@ def tell_systemd():
 
 
 async def keep_systemd_informed():
-    """Informa o systemd de tempos em tempos, se há um."""
+    """Informa o systemd de tempos em tempos, se há um, e com folga sobre o prazo do vigia."""
+    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
     while "NOTIFY_SOCKET" in os.environ:
         tell_systemd()
-        await asyncio.sleep(status_interval)
+        await asyncio.sleep(min(status_interval, watchdog / 3 or status_interval))
 
 
 async def sweep_late():
@@ -2431,6 +2620,8 @@ all_methods = (*stream_methods, "HEAD", "OPTIONS")
 read_size = 65536
 # Espera máxima, em segundos, de uma thread pela resposta do laço.
 answer_timeout = 5.0
+# O que ela concede, em bytes por segundo, à gravação de uma tarefa longa em uma rede lenta.
+slowest_send = 100_000
 error_codes = {
     400: ("bad_request", "a requisição não é válida"),
     401: ("unauthorized", "falta um token válido no cabeçalho Authorization: Bearer"),
@@ -2710,7 +2901,7 @@ def streaming():
     made = stream(task(request, read_body(request)))
     loop.call_soon_threadsafe(made.begin)
     try:
-        made.accepted.result(answer_timeout)
+        made.accepted.result(answer_timeout + len(made.task.payload) / slowest_send)
     except TimeoutError:
         loop.call_soon_threadsafe(made.adopt, None, b"")
         raise refusal(*redis_unavailable) from None
@@ -2740,6 +2931,26 @@ accept_pause = 0.1
 # Soquetes cuja requisição ainda chega -> prazo, no relógio monotônico; infinito se já chegou e
 # a resposta está sendo feita.
 arrivals = {}
+
+
+# O que chega a uma porta de HTTP por engano: o começo, de que se trata e o que fazer.
+strangers_to_http = (
+    (rb"\x16\x03[\x00-\x04]..\x01", "TLS", "o TLS fica em um proxy reverso à frente deste"),
+    (rb"PROXY [TU]|\r\n\r\n\x00\r\nQUIT", "o protocolo PROXY", "o proxy reverso deve nomear o cliente em X-Forwarded-For"),
+    (rb"PRI \* HTTP/2", "HTTP/2", "o proxy reverso deve falar HTTP/1.1 com este"),
+)
+
+
+def tell_stranger(data, address):
+    """Avisa que uma conexão não é de HTTP/1: a recusa só a vê o outro lado.
+
+    Argumentos:
+        data (bytes): o que chegou da conexão.
+        address (tuple): endereço de quem se conectou.
+    """
+    for start, name, remedy in strangers_to_http:
+        if re.match(start, data, re.DOTALL):
+            warn_rarely(f"{address[0]} fala {name} com a porta do HTTP: {remedy}", name)
 
 
 class handed_over(ConnectionError):
@@ -2868,6 +3079,8 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         super().setup()
         arrivals[self.connection] = receive_deadline()
         self.rfile = line_reader(self.rfile.detach())
+        with contextlib.suppress(OSError):
+            tell_stranger(self.rfile.peek(1), self.client_address)
 
     def finish(self):
         """Esquece a conexão."""
@@ -3047,6 +3260,18 @@ class waitress_channel(waitress.channel.HTTPChannel):
         arrivals[connection] = receive_deadline()
         super().__init__(server, connection, *args, **options)
 
+    def recv(self, size):
+        """Lê o que chegou.
+
+        Argumentos:
+            size (int): máximo de bytes.
+        Retorna:
+            bytes: o que chegou.
+        """
+        data = super().recv(size)
+        tell_stranger(data, self.addr)
+        return data
+
     def service(self):
         """Atende a requisição, na thread dela."""
         request = self.requests[0]
@@ -3104,21 +3329,28 @@ def serve_flask(listener):
     Argumentos:
         listener (socket.socket): socket escutando.
     """
-    make_server = werkzeug.serving.make_server
+    def run_simple(host, port, application, **options):
+        """Roda o servidor no socket já aberto; o do werkzeug abriria outro, e diria em inglês por que não pôde.
 
-    def make_on_listener(*args, **options):
-        """Cria o servidor no socket já aberto; app.run abriria outro, e diria em inglês por que não pôde."""
-        server = make_server(*args, **options | {"fd": listener.fileno()})
+        Argumentos:
+            host (str): HTTP_HOST.
+            port (int): HTTP_PORT.
+            application (flask.Flask): a aplicação.
+            options (dict): argumentos de app.run.
+        """
+        server = werkzeug.serving.make_server(
+            host, port, application, threaded=options["threaded"], request_handler=options["request_handler"],
+            fd=listener.fileno())
         server.get_request = functools.partial(accept_or_stop, server.get_request)
         server.process_request = functools.partial(start_thread, server.process_request)
         server.handle_error = tell_misunderstood
-        return server
+        server.serve_forever()
 
-    werkzeug.serving.make_server = make_on_listener
+    werkzeug.serving.run_simple = run_simple
     # O aviso de servidor de desenvolvimento, que iria para a saída padrão.
     flask.cli.show_server_banner = lambda *_: None
-    app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, use_reloader=False,
-            load_dotenv=False, request_handler=flask_handler)
+    app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, load_dotenv=False,
+            request_handler=flask_handler)
 
 
 def accept_if_possible(accept):
@@ -3173,7 +3405,7 @@ def run_host(listener):
     """
     try:
         hosts[HTTP_SERVER](listener)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         log.error("o servidor HTTP parou: %s: %s", type(error).__name__, error)
     if not gate.is_closed:
         exit_process(1)
@@ -3253,6 +3485,7 @@ class metrics_meter:
         histogram = functools.partial(prometheus_client.Histogram, **options)
         # O que os streams e as requisições contam.
         self.lines = counter("lines", "Linhas enviadas, as de erro inclusive.")
+        self.skipped = counter("lines_skipped", "Elementos em branco, pulados.")
         self.bytes = counter("sent_bytes", "Bytes de linhas enviados.")
         self.unheard = counter("tasks_unheard", "Tarefas publicadas sem ninguém no canal nem fila.")
         self.first_line = histogram("first_line_seconds", "Da requisição à primeira linha.", buckets=first_line_limits)
@@ -3360,7 +3593,7 @@ def redis_problem(error, given):
         espera conserta; 1 nos outros casos.
     """
     shown, words = REDIS_SERVER.shown, cause_of(error)
-    if isinstance(error, redis.ResponseError) and "DB index" in words:
+    if isinstance(error, redis.ResponseError) and re.match("(ERR )?DB index|SELECT ", words):
         return 2, (f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: "
                    f"o Redis não tem esse database ({words})")
     if isinstance(error, redis.AuthenticationError) or words.startswith(("NOAUTH", "WRONGPASS")):
@@ -3372,34 +3605,59 @@ def redis_problem(error, given):
     return 1, f"REDIS_SERVER: o Redis em {shown} {verb}: {words}"
 
 
-def check(given):
-    """Mostra as configurações e testa o Redis (--check).
+async def check(given):
+    """Mostra as configurações e tenta o que o início tentaria: o Redis e as portas (--check).
 
     Argumentos:
         given (dict): texto e camada de cada configuração.
     Retorna:
-        int: 0 se o Redis respondeu; 1 se não; 2 se ele não tem o database.
+        int: 0 se tudo serve; 1 se o Redis ou uma porta não atende; 2 se nenhuma espera o consertaria.
     Levanta:
         OSError: se a saída padrão falhar.
     """
+    global loop, link
+    loop = asyncio.get_running_loop()
     show("\n".join(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})" for row in settings))
-    status, sentence = 0, f"Redis em {REDIS_SERVER.shown}: respondeu ao PING"
+    status, link = 0, redis_link()
     try:
-        redis.Redis(connection_pool=redis_pool()).ping()
+        await link.open()
+        show("\n".join([f"Redis em {REDIS_SERVER.shown}: respondeu ao PING",
+                        *[f"aviso: {caution}" for caution in await link.survey()]]))
     except (redis.RedisError, OSError) as error:
         status, sentence = redis_problem(error, given)
-    show(sentence)
-    return status
+        show(sentence)
+    if 0 < HTTP_PORT < 1024:
+        show("aviso: HTTP_PORT: no serviço, uma porta abaixo de 1024 pede low-port.conf")
+    return max(status, open_listeners(given, is_check=True)[0])
 
 
-def open_listeners(given):
+def is_served(host, port):
+    """Pergunta se um py-ndjson-proxy já atende em uma porta.
+
+    Argumentos:
+        host (str): endereço ou nome desta máquina.
+        port (int): porta da aplicação ou das métricas.
+    Retorna:
+        bool: verdadeiro se quem responde é um deles.
+    """
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        connection = http.client.HTTPConnection(host, port, timeout=1)
+        connection.request("GET", "/ping")
+        answer = connection.getresponse()
+        # As métricas respondem o mesmo em qualquer caminho.
+        return answer.getheader("X-Author") == author or b"ndjson_proxy_" in answer.read()
+    return False
+
+
+def open_listeners(given, is_check=False):
     """Abre o socket da aplicação e, se METRICS_PORT pede, o das métricas.
 
     Argumentos:
         given (dict): texto e camada de cada configuração.
+        is_check (bool): verdadeiro se a porta já pode ser a do serviço, que está no ar.
     Retorna:
-        tuple: (status de saída se algum não abriu, ou 0; lista de sockets): 2 se o nome não
-        existe, o que nenhuma espera conserta; 1 nos outros casos.
+        tuple: (status de saída se algum não abriu, ou 0; lista de sockets): 2 se o nome ou a família não
+        existe, ou se falta privilégio, o que nenhuma espera conserta; 1 nos outros casos.
     """
     listeners = []
     for server in ("HTTP", "METRICS") if METRICS_PORT else ("HTTP",):
@@ -3412,12 +3670,16 @@ def open_listeners(given):
             log.error("%s_HOST: o valor %r %s não serve: %s", server, host, host_layer, cause_of(error))
             return (1 if error.errno == socket.EAI_AGAIN else 2), []
         except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
+            if is_check and error.errno == errno.EADDRINUSE and is_served(host, port):
+                show(f"{server}_PORT: a porta {port} já é atendida por um {program}")
+                continue
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 log.error("%s_HOST: o endereço %s %s não pode ser aberto: %s", server, host, host_layer, cause_of(error))
             else:
-                log.error("%s_PORT: a porta %s %s em %s não pode ser aberta: %s", server, port, port_layer, host,
-                          cause_of(error))
-            return 1, []
+                hint = "; abaixo de 1024, o serviço pede low-port.conf" if error.errno == errno.EACCES else ""
+                log.error("%s_PORT: a porta %s %s em %s não pode ser aberta: %s%s", server, port, port_layer, host,
+                          cause_of(error), hint)
+            return (2 if error.errno in (errno.EACCES, errno.EAFNOSUPPORT) else 1), []
     return 0, listeners
 
 
@@ -3474,15 +3736,28 @@ async def stop_service(listener):
 
 
 def request_stop(stopping):
-    """Pede a parada; um segundo sinal encerra na hora, pela ação padrão.
+    """Pede a parada; um segundo sinal encerra na hora.
 
     Argumentos:
         stopping (asyncio.Future): o que a parada espera.
     """
     for each in stop_signals:
-        loop.remove_signal_handler(each)
-        signal.signal(each, signal.SIG_DFL)
+        if loop.remove_signal_handler(each):
+            signal.signal(each, end_at_once)
     stopping.set_result(None)
+
+
+def end_at_once(number, _):
+    """Encerra o processo pela ação padrão de um sinal.
+
+    Argumentos:
+        number (int): o sinal.
+        _ (frame): sem uso.
+    """
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+    # O processo 1 de um contêiner não morre dela.
+    os._exit(128 + number)
 
 
 def tell_fault(_, context):
@@ -3509,10 +3784,13 @@ async def serve(given):
     """
     global link, loop, meter
     loop = asyncio.get_running_loop()
+    # PYTHONDEVMODE o ligaria, e cada espera longa seria uma linha de log.
+    loop.set_debug(False)
     loop.set_exception_handler(tell_fault)
     link = redis_link()
     try:
         await link.open()
+        cautions = await link.survey()
     except (redis.RedisError, OSError) as error:
         status, sentence = redis_problem(error, given)
         log.error("%s", sentence)
@@ -3520,15 +3798,19 @@ async def serve(given):
     status, listeners = open_listeners(given)
     if status:
         return status
+    for caution in cautions:
+        log.warning("%s", caution)
     raise_descriptor_limit()
     stopping = loop.create_future()
     for each in stop_signals:
-        loop.add_signal_handler(each, request_stop, stopping)
+        # Quem o herdou ignorado (nohup) continua a ignorá-lo.
+        if signal.getsignal(each) is not signal.SIG_IGN:
+            loop.add_signal_handler(each, request_stop, stopping)
     if METRICS_PORT:
         meter = metrics_meter()
         meter.serve(listeners[1])
-    for duty in (keep_link, catch_up, cast_net, renew_keys, remove_keys, expire_strangers, keep_systemd_informed,
-                 sweep_late):
+    for duty in (keep_link, look_for_dead, cast_net, announce_again, renew_keys, remove_keys, expire_strangers,
+                 keep_systemd_informed, sweep_late):
         take_up(duty)
     threading.Thread(target=run_host, args=(listeners[0],), name=HTTP_SERVER, daemon=True).start()
     # Percorrer os objetos de milhares de streams pararia todos por décimos de
@@ -3554,9 +3836,10 @@ def main(argv):
     global log_writer
     log_writer = configure_logging()
     # Até o serviço começar, um Ctrl-C encerra como os outros sinais, sem traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        actions, given, warnings = load_settings(argv, os.environ)
+        actions, given, cautions = load_settings(argv, os.environ)
         if "help" in actions:
             show(build_parser().format_help().rstrip("\n"))
             return 0
@@ -3564,11 +3847,11 @@ def main(argv):
             show(f"{program} {version}")
             return 0
         log.setLevel(LOG_LEVEL.upper())
-        for warning in warnings:
-            log.warning("%s", warning)
+        for caution in cautions:
+            log.warning("%s", caution)
         check_insides()
         if "check" in actions:
-            return check(given)
+            return asyncio.new_event_loop().run_until_complete(check(given))
     except configuration_error as error:
         log.error("%s", error)
         return 2
@@ -3593,5 +3876,7 @@ def exit_process(status):
     os._exit(status)
 
 
-if __name__ == "__main__":
-    exit_process(main(sys.argv[1:]))
+if __name__ != "__main__":
+    raise ImportError(f"{program} é um programa, com o seu próprio servidor HTTP, e não uma aplicação WSGI: "
+                      f"rode-o com {sys.executable} {__file__}")
+exit_process(main(sys.argv[1:]))
