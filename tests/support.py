@@ -97,6 +97,16 @@ def finished_row(proxy, task):
     return rows[0]
 
 
+def proxy_connection(server):
+    """Diz qual é a conexão do proxy, pelo nome. Argumentos: server, o harness.redis_server. Retorno: o id, ou None."""
+    return next((row["id"] for row in server.clients_named("py-ndjson-proxy")), None)
+
+
+def wait_reopened(server, before):
+    """Espera que o proxy tenha outra conexão. Argumentos: server, o harness.redis_server; before, o id da que caiu."""
+    harness.eventually(lambda: proxy_connection(server) not in (None, before), 5, "conexão reaberta")
+
+
 def wait_empty(client, timeout=2.0):
     """Espera que não reste chave alguma no banco.
 

@@ -285,7 +285,7 @@ def test_check_shows_what_is_in_force(tmp_path, redis_main):
     ):
         (tmp_path / "prova.env").write_text(text)
         done = harness.run_proxy(
-            "--check", env={"ENV_FILE": str(tmp_path / "prova.env"), "REDIS_SERVER": redis_main.address}
+            "--check", "-p", "0", env={"ENV_FILE": str(tmp_path / "prova.env"), "REDIS_SERVER": redis_main.address}
         )
         assert (done.status, done.err) == (0, "")
         assert expected in done.out.splitlines()

@@ -378,7 +378,7 @@ def without_library(tmp_path, redis_main, port):
         "import runpy, sys; sys.modules['prometheus_client'] = None; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    words = [sys.executable, "-c", code, str(harness.program), "--check", "-R", redis_main.address]
+    words = [sys.executable, "-c", code, str(harness.program), "--check", "-p", "0", "-R", redis_main.address]
     env = {**harness.base_environment(), "ENV_FILE": str(tmp_path / "vazio.env")}
     return subprocess.run(
         [*words, "--metrics-port", port], env=env, capture_output=True, text=True, timeout=30, check=False

@@ -100,11 +100,15 @@ def kill_connection(server, name):
     Argumentos:
         server: o harness.redis_server.
         name: o nome dado com CLIENT SETNAME.
+
+    Retorno:
+        O id dela.
     """
     rows = harness.eventually(lambda: server.clients_named(name), 5, f"conexão {name}")
     assert len(rows) == 1, rows
     with contextlib.closing(server.new_client()) as client:
         client.execute_command("CLIENT", "KILL", "ID", rows[0]["id"])
+    return rows[0]["id"]
 
 
 def push_into_silence(response, task, count, longest):
@@ -211,7 +215,7 @@ def test_wake_ups_come_by_the_only_connection(start_redis, start_proxy, connect,
     assert row["resp"] == "3" and "t" in row["flags"] and "B" in row["flags"], row
     push_into_silence(response, task, 3, 0.1)
     proxy.freeze()
-    kill_connection(server, "py-ndjson-proxy")
+    killed = kill_connection(server, "py-ndjson-proxy")
     task.push("na queda")
     literal_task.replace("na queda")
     gone_task.delete()
@@ -219,7 +223,7 @@ def test_wake_ups_come_by_the_only_connection(start_redis, start_proxy, connect,
     assert response.line(2) == b"na queda"
     assert literal.lines(2) == [b"na queda"]
     assert gone.lines(2) == []
-    proxy.wait_log("Redis de volta")
+    support.wait_reopened(server, killed)
     push_into_silence(response, task, 5, 0.1)
     task.finish()
     assert response.lines(slack) == []
@@ -235,11 +239,7 @@ def test_wake_ups_denied_and_then_allowed(start_redis, start_proxy, connect, sta
     for rule in ("-client|tracking", "+client|tracking"):
         worker.client.execute_command("ACL", "SETUSER", "limitado", rule)
         for times in (1, 2):
-            before = proxy.log().count("Redis de volta")
-            kill_connection(server, "py-ndjson-proxy")
-            harness.eventually(
-                lambda before=before: proxy.log().count("Redis de volta") > before, 5, "conexão reaberta"
-            )
+            support.wait_reopened(server, kill_connection(server, "py-ndjson-proxy"))
             push_into_silence(response, task, times, 0.4)
     push_into_silence(response, task, 5, 0.1)
     task.finish()
@@ -264,8 +264,11 @@ def test_wake_denied_by_the_server(start_redis, start_proxy, connect, start_work
     worker = start_worker(server.client())
     response, task = support.open_stream(connect, proxy, worker)
     push_into_silence(response, task, 4, 0.3)
-    worker.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "USER", "limitado")
-    proxy.wait_log("Redis de volta")
+    assert worker.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "USER", "limitado") == 1
+    # Sem CLIENT a conexão não tem nome.
+    harness.eventually(
+        lambda: [row for row in worker.client.client_list() if row["user"] == "limitado"], 5, "conexão reaberta"
+    )
     push_into_silence(response, task, 2, 0.3)
     task.delete()
     assert response.lines(0.3 + slack) == []

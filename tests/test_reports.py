@@ -1,6 +1,6 @@
 """O que usuários de programas parecidos relataram, provado neste: uma prova por linha da tabela da questão, com outras
 entradas do mesmo tipo. As linhas que outras provas cobrem: o prazo julgado antes da última consulta,
-test_stream.test_frozen_past_maxtime; as linhas puladas nas métricas, test_metrics.test_no_first_line."""
+test_stream.test_frozen_process_delivers_before_the_timeout; as linhas puladas nas métricas, test_metrics.test_no_first_line."""
 
 import contextlib
 import os
@@ -454,7 +454,7 @@ def test_strangers_to_http(start_proxy, connect, host):
         ("foo=1", ("foo",)),
         ("protocol=3", ("protocol",)),
         ("socket_read_size=x", ("socket_read_size",)),
-        ("ssl_cert_reqs=", ("ssl_cert_reqs", "none, optional ou required")),
+        ("ssl_cert_reqs=2", ("ssl_cert_reqs", "none, optional ou required")),
         ("ssl_ca_certs=/nao/existe.pem&bar=2", ("bar",)),
         ("db=um", ("db",)),
     ],
@@ -595,27 +595,23 @@ def test_environment_of_the_libraries(start_proxy, connect, worker, host, tmp_pa
     [
         "import importlib; importlib.import_module('json-proxy')",
         "import runpy; runpy.run_path('json-proxy.py')",
-        "import waitress.runner; waitress.runner.run(['w', '--listen=127.0.0.1:0', 'json-proxy:app'])",
+        "import waitress.runner; waitress.runner.run(['w', '--listen=127.0.0.1:0', 'json_proxy:app'])",
     ],
     ids=["import", "runpy", "waitress-serve"],
 )
 def test_imported(tmp_path, code):
     """Importado, ou dado a um servidor WSGI, o programa diz numa frase como se roda, e não parte."""
-    shutil.copy(harness.program, tmp_path / "json-proxy.py")
+    for name in ("json-proxy.py", "json_proxy.py"):
+        shutil.copy(harness.program, tmp_path / name)
     words = [sys.executable, "-c", code]
     env = harness.base_environment()
     done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 1, done
     told = [row for row in (done.stderr + done.stdout).splitlines() if row.startswith("ImportError: ")]
-    assert len(told) == 1 and "json-proxy.py" in told[0] and " é um programa" in told[0], done
+    assert len(told) == 1 and re.search("json.proxy.py", told[0]) and " é um programa" in told[0], done
 
 
 # -- linha 21: o Redis que fecha o que está ocioso ------------------------------------------------------------
-
-
-def connection_id(server):
-    """Diz qual é a conexão do proxy. Argumentos: server, o harness.redis_server. Retorno: o id (str), ou None."""
-    return next((row["id"] for row in server.clients_named("py-ndjson-proxy")), None)
 
 
 def test_idle_connection_closed_by_redis(start_redis, start_proxy, connect, start_worker):
@@ -626,7 +622,7 @@ def test_idle_connection_closed_by_redis(start_redis, start_proxy, connect, star
 
     def renewed(count):
         """Espera que a conexão tenha sido trocada. Argumentos: count, quantas conexões diferentes já se viram."""
-        harness.eventually(lambda: seen.add(connection_id(server)) or len(seen - {None}) >= count, 15, "outra conexão")
+        harness.eventually(lambda: seen.add(support.proxy_connection(server)) or len(seen - {None}) >= count, 15, "outra conexão")
 
     renewed(3)
     response, task = support.open_stream(connect, proxy, start_worker(server.client(socket_timeout=None)))

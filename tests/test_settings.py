@@ -12,6 +12,7 @@ import dotenv
 import pytest
 
 import harness
+import support
 
 program = harness.load_program()
 table = program.settings
@@ -34,6 +35,7 @@ contract = {
     "REDIS_LIST_PREFIX": ("-L --list-prefix", "ndjson_list_"),
     "REDIS_TTL": ("--ttl", "600"),
     "REDIS_WAKE": ("--wake", "on"),
+    "REDIS_REANNOUNCE": ("--reannounce", "on"),
     "HTTP_HOST": ("--host", "0.0.0.0"),
     "HTTP_SERVER": ("--server", "flask"),
     "MAX_STREAMS": ("--max-streams", "4096"),
@@ -70,6 +72,7 @@ samples = {
     "REDIS_LIST_PREFIX": ("lista_a:", "lista_b:", "lista_c:"),
     "REDIS_TTL": ("61", "62", "63"),
     "REDIS_WAKE": ("off", "on", "off"),
+    "REDIS_REANNOUNCE": ("off", "on", "off"),
     "HTTP_HOST": ("127.0.0.2", "127.0.0.3", "127.0.0.4"),
     "HTTP_SERVER": ("waitress", "flask", "waitress"),
     "MAX_STREAMS": ("11", "12", "13"),
@@ -105,6 +108,7 @@ wrong = {
     "REDIS_LIST_PREFIX": "",
     "REDIS_TTL": "10m",
     "REDIS_WAKE": "talvez",
+    "REDIS_REANNOUNCE": "nunca",
     "HTTP_HOST": "",
     "HTTP_SERVER": "gunicorn",
     "MAX_STREAMS": "0",
@@ -329,10 +333,27 @@ def test_layers_reach_the_wire(start_proxy, fetch):
         assert fetch(proxy, "GET", "/ping").header_all("Server") == [expected]
 
 
-def test_table_defaults_are_live(start_proxy, redis_main, tmp_path):
+@pytest.fixture
+def check_alone(start_redis, tmp_path):
+    """Roda --check num espaço de rede próprio, onde a porta padrão está livre.
+
+    Retorno:
+        Função que recebe o conteúdo do arquivo de configuração e devolve o harness.finished.
+    """
+    path = tmp_path / "redis.sock"
+    start_redis(f"unixsocket {path}")
+
+    def run(text):
+        """Roda. Argumentos: text, o conteúdo do arquivo. Retorno: o harness.finished."""
+        env = {"ENV_FILE": write_env(tmp_path, text), "REDIS_SERVER": f"unix://{path}?db=1"}
+        return harness.run_proxy("--check", env=env, wrapper=support.apart("net"))
+
+    return run
+
+
+def test_table_defaults_are_live(check_alone):
     """Sem nenhuma configuração, --check mostra todas, na ordem da tabela, com o padrão de cada uma."""
-    env = {"ENV_FILE": write_env(tmp_path, "")}
-    done = harness.run_proxy("--check", "--redis", redis_main.address, env=env)
+    done = check_alone("")
     assert done.status == 0, done
     shown = read_check(done.out)
     assert list(shown) == names
@@ -389,7 +410,7 @@ def test_password(layer, form, start_redis, start_proxy, fetch, tmp_path):
     try:
         proxy = start_proxy(*flags, env=plain, env_file=env_file, redis=server)
         assert fetch(proxy, "GET", "/ping").body() == b"pong"
-        env = {**plain, "ENV_FILE": write_env(tmp_path, env_file)}
+        env = {**plain, "HTTP_PORT": "0", "ENV_FILE": write_env(tmp_path, env_file)}
         done = harness.run_proxy("--check", *flags, env=env)
     finally:
         server.password = password
@@ -611,7 +632,7 @@ def test_unknown_name_in_the_log(start_proxy, fetch):
 def test_env_file_inside_itself(tmp_path, redis_main):
     """ENV_FILE dentro do próprio arquivo não tem efeito, e um aviso diz isso."""
     file = write_env(tmp_path, "ENV_FILE=/outro.env\n")
-    done = harness.run_proxy("--check", env={"ENV_FILE": file, "REDIS_SERVER": redis_main.address})
+    done = harness.run_proxy("--check", "-p", "0", env={"ENV_FILE": file, "REDIS_SERVER": redis_main.address})
     assert done.status == 0, done
     assert read_check(done.out)["ENV_FILE"] == (file, "ambiente")
     assert done.err.startswith("aviso: ")
@@ -625,7 +646,7 @@ def test_several_files(layer, tmp_path, redis_main):
     last = write_env(tmp_path, "PAUSE=2\nMAXTIME_ERRO=x\n", "próprio.env")
     missing = str(tmp_path / "não existe.env")
     flags, env = give(tmp_path, layer, "ENV_FILE", f"{missing}:{first}:{last}")
-    done = harness.run_proxy("--check", *flags, env={**env, "REDIS_SERVER": redis_main.address})
+    done = harness.run_proxy("--check", "-p", "0", *flags, env={**env, "REDIS_SERVER": redis_main.address})
     assert done.status == 0, done
     shown = read_check(done.out)
     assert shown["PAUSE"] == ("2", f"arquivo {last}")
@@ -642,7 +663,7 @@ def test_several_files(layer, tmp_path, redis_main):
 
 def test_foreign_environment_is_silent(tmp_path, redis_main):
     """Variáveis de ambiente que não são nossas não dizem respeito a ninguém."""
-    env = {"ENV_FILE": write_env(tmp_path, ""), "REDIS_SERVER": redis_main.address, "HTTP_PROT": "1"}
+    env = {"ENV_FILE": write_env(tmp_path, ""), "REDIS_SERVER": redis_main.address, "HTTP_PORT": "0", "HTTP_PROT": "1"}
     done = harness.run_proxy("--check", env=env)
     assert done.status == 0, done
     assert done.err == "", done
@@ -761,7 +782,7 @@ def test_redis_wrong_database(tmp_path, redis_main):
     address = f"127.0.0.1:{redis_main.port}/99"
     sentence = start_failure(tmp_path, address, 2)
     assert re.fullmatch(rf"erro: REDIS_SERVER: o valor '{address}' \(ambiente\) .*database.*", sentence)
-    done = harness.run_proxy("--check", "-R", address, env={"ENV_FILE": write_env(tmp_path, "")})
+    done = harness.run_proxy("--check", "-p", "0", "-R", address, env={"ENV_FILE": "/dev/null"})
     assert done.status == 2, done
     assert re.fullmatch(rf"REDIS_SERVER: o valor '{address}' .*database.*", done.out.splitlines()[-1])
 
@@ -851,7 +872,7 @@ def test_ipv6(start_proxy, host):
 def test_check_redis_down(tmp_path):
     """--check com o Redis fora do ar: mostra as configurações, diz o que houve e sai com 1, em menos de 6 s."""
     port = harness.free_port()
-    done = harness.run_proxy("--check", "-R", f"127.0.0.1:{port}/1", env={"ENV_FILE": write_env(tmp_path, "")})
+    done = harness.run_proxy("--check", "-p", "0", "-R", f"127.0.0.1:{port}/1", env={"ENV_FILE": write_env(tmp_path, "")})
     assert done.status == 1, done
     in_time(done)
     assert list(read_check(done.out)) == names
@@ -862,11 +883,11 @@ def test_check_redis_down(tmp_path):
 
 
 def test_check_touches_nothing(tmp_path, redis_main, db):
-    """--check não abre a porta HTTP (mesmo ocupada, sai com 0) nem deixa chave no Redis."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        env = {"ENV_FILE": write_env(tmp_path, ""), "HTTP_PORT": str(taken.getsockname()[1])}
-        done = harness.run_proxy("--check", "-R", redis_main.address, env=env)
+    """--check não deixa aberta a porta HTTP, nem chave no Redis."""
+    port = harness.free_port()
+    done = harness.run_proxy("--check", "-R", redis_main.address, "-p", str(port), env={"ENV_FILE": "/dev/null"})
     assert done.status == 0, done
+    socket.create_server(("127.0.0.1", port)).close()
     assert "Redis" in done.out.splitlines()[-1]
     assert redis_main.leftovers() == []
 
@@ -940,17 +961,16 @@ def test_shipped_env_file_defaults():
         assert value == {name: by_name[name].default}
 
 
-def test_shipped_env_file_uncommented(tmp_path, redis_main):
+def test_shipped_env_file_uncommented(check_alone, tmp_path):
     """Com todas as linhas descomentadas, cada valor efetivo é o padrão, vindo do arquivo, sem aviso."""
     lines = [line for name, line in commented_lines() if name != "ENV_FILE"]
-    file = write_env(tmp_path, "\n".join(lines) + "\n")
-    done = harness.run_proxy("--check", env={"ENV_FILE": file, "REDIS_SERVER": redis_main.address})
+    done = check_alone("\n".join(lines) + "\n")
     assert done.status == 0, done
     assert done.err == "", done
     shown = read_check(done.out)
     for row in table:
         if row.name not in ("ENV_FILE", "REDIS_SERVER"):
-            assert shown[row.name] == (("********" if row.secret and row.default else row.default), f"arquivo {file}")
+            assert shown[row.name] == (row.default, f"arquivo {tmp_path}/prova.env")
 
 
 def readme_rows(name):
@@ -1023,9 +1043,9 @@ def test_reader_that_left(flags, redis_main):
     reading, writing = os.pipe()
     os.close(reading)
     try:
-        assert run_into(writing, *flags, "-R", redis_main.address) == (0, b"")
+        assert run_into(writing, *flags, "-p", "0", "-R", redis_main.address) == (0, b"")
         port = harness.free_port()
-        down = run_into(writing, *flags, "-R", f"127.0.0.1:{port}/1")
+        down = run_into(writing, *flags, "-p", "0", "-R", f"127.0.0.1:{port}/1")
         assert down == (1 if "--check" in flags else 0, b"")
     finally:
         os.close(writing)
@@ -1035,7 +1055,7 @@ def test_reader_that_left(flags, redis_main):
 def test_output_that_fails(flags, redis_main):
     """Saída para um disco cheio: uma frase, código 1, sem rastro de pilha."""
     with open("/dev/full", "wb") as full:
-        status, error = run_into(full, *flags, "-R", redis_main.address)
+        status, error = run_into(full, *flags, "-p", "0", "-R", redis_main.address)
     assert (status, error.decode()) == (1, "erro: a saída não pode ser escrita: No space left on device\n")
 
 
@@ -1045,7 +1065,8 @@ def test_output_that_fails(flags, redis_main):
 def test_output_in_another_encoding(encoding, flags, tmp_path, redis_main):
     """Um terminal que não sabe acentos mostra o que sabe: nunca uma exceção."""
     with open(tmp_path / "saida", "w+b") as file:
-        status, error = run_into(file, *flags, "-R", redis_main.address, "-X", "prefixo→ção", encoding=encoding)
+        flags = [*flags, "-p", "0", "-R", redis_main.address, "-X", "prefixo→ção"]
+        status, error = run_into(file, *flags, encoding=encoding)
         file.seek(0)
         text = file.read().decode(encoding.partition(":")[0])
     assert (status, error) == (0, b"")
@@ -1056,8 +1077,9 @@ def test_output_in_another_encoding(encoding, flags, tmp_path, redis_main):
 def test_closed_output(redis_main):
     """Sem saída padrão alguma (>&-) também não há exceção, nem no fim do serviço."""
     for flags in every_output:
+        command = [sys.executable, str(harness.program), *flags, "-p", "0", "-R", redis_main.address]
         done = subprocess.run(
-            ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(harness.program), *flags, "-R", redis_main.address],
+            ["sh", "-c", 'exec "$@" >&-', "sh", *command],
             env=harness.base_environment(),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

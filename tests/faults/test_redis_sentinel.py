@@ -392,7 +392,7 @@ def test_passwords_and_a_dead_sentinel(start_cluster, start_proxy, connect, fetc
     group = start_cluster(password="segredo do mestre", user="vigia:segredo-da-sentinela")
     group.sentinels[0].kill()
     env = {"REDIS_SERVER": group.address, "REDIS_PASSWORD": "segredo do mestre"}
-    checked = harness.run_proxy("--check", env={**env, "ENV_FILE": "/dev/null"})
+    checked = harness.run_proxy("--check", "-p", "0", env={**env, "ENV_FILE": "/dev/null"})
     assert checked.status == 0 and "segredo" not in checked.out + checked.err, checked
     proxy = start_proxy(env=env)
     assert "segredo" not in proxy.log()

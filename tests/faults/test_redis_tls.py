@@ -154,7 +154,7 @@ def test_tls(start_tls, certificates, start_proxy, connect, fetch, start_worker)
     assert response.lines(3) == [b"a", b"b"]
     assert fetch(proxy, "GET", "/ping").body() == b"pong"
     assert support.polling_only not in proxy.log()
-    checked = harness.run_proxy("--check", env={**env, "ENV_FILE": "/dev/null"})
+    checked = harness.run_proxy("--check", "-p", "0", env={**env, "ENV_FILE": "/dev/null"})
     assert checked.status == 0, checked
 
 
