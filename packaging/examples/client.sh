@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Cliente de exemplo do py-ndjson-proxy: mostra cada linha no momento em que ela chega.
 #
-# Uso: client.sh URL TEXTO        (o texto pode ser JSON: '{"chatInput": "Olá"}')
+# Uso: client.sh URL TEXTO        (o texto pode ser JSON: '{"chatInput": "Olá, mundo"}')
 # Status: 0 se a resposta chegou ao fim; 22 em erro de HTTP (o JSON do erro é mostrado); outro
 # número, o do curl, em erro de conexão. O que as linhas dizem é com quem as lê: uma resposta
 # que acaba em {"error": "timeout"} também chegou ao fim.
 set -u
 
 if [ $# -ne 2 ]; then
-    echo "uso: ${0##*/} URL TEXTO   (ex.: ${0##*/} http://127.0.0.1:8771/ 'Olá, mundo')" >&2
+    echo "uso: ${0##*/} URL TEXTO   (ex.: ${0##*/} http://127.0.0.1:8771/chat '{\"chatInput\": \"Olá, mundo\"}')" >&2
     exit 2
 fi
 
