@@ -108,7 +108,7 @@ def import_problem(error):
     Retorna:
         str: frase para o operador.
     """
-    file = traceback.extract_tb(error.__traceback__)[-1].filename
+    file = getattr(error, "filename", None) or traceback.extract_tb(error.__traceback__)[-1].filename
     owner = getattr(getattr(error, "obj", None), "__name__", None) or getattr(error, "name", None)
     module = (owner or os.path.basename(file)).partition(".")[0]
     problem = f"falta o módulo {module}"
@@ -1070,6 +1070,8 @@ def notify_systemd(state):
         return
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            # Um systemd que não lê não pode parar o laço.
+            channel.setblocking(False)
             channel.sendto(state.encode(), re.sub("^@", "\0", address))
     except OSError as error:
         log.debug("o systemd não recebeu a notificação: %s", cause_of(error))
@@ -1152,7 +1154,9 @@ def redis_pool():
     # O aperto de mão do redis-py fica em RESP2, o que todas as versões sabem fazer (a 4 não
     # conhece o argumento; a 8 usaria RESP3); redis_link.open passa a RESP3 por conta própria.
     if int(redis.__version__.partition(".")[0]) >= 5:
+        # Sem dizer seu nome: a quem recusa e fecha, um segundo envio falharia antes que se lesse por quê.
         options["protocol"] = 2
+        options |= {"driver_info": None} if hasattr(redis, "driver_info") else {"lib_name": None, "lib_version": None}
     if REDIS_SERVER.url.startswith("sentinel:"):
         pool = sentinel_pool(options)
     else:
@@ -2162,6 +2166,8 @@ class stream:
             spawn(apart.watch())
             reply, = await apart.send(command)
             words = redis_words(reply) if isinstance(reply, Exception) else ""
+            if words and is_passing(reply):
+                raise refusal(*redis_unavailable)
         except (redis.RedisError, OSError) as error:
             # Um Redis que fecha esta conexão e atende na outra não quis a tarefa.
             if not await redis_ping():
@@ -2402,8 +2408,12 @@ async def keep_link():
             if failures:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(link.hurry.wait(), min(1.0, 0.05 * 2 ** min(failures - 1, 5)))
+            opening = loop.create_task(link.open())
+            done, _ = await asyncio.wait([opening], timeout=redis_timeout)
+            if not done:
+                tell_down(redis.TimeoutError())
             try:
-                await link.open()
+                await opening
             except (redis.RedisError, OSError, RuntimeError) as error:
                 failures += 1
                 tell_down(error)
