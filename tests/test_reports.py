@@ -97,7 +97,7 @@ def test_long_task_on_a_slow_link(stack, supervisor, start_redis, start_proxy, c
         assert status == 200 and took < 1, (status, took)
         number += 1
     assert max(supervisor.gaps(began)) < 3
-    assert server.calls("set") == 1, "a tarefa longa subiu depressa demais para a prova"
+    assert worker.client.keys("ndjson_task_*") == [task.key.encode()], "a tarefa subiu depressa demais para a prova"
     assert long.response(30).status == 200
     longer = worker.next()
     assert longer.info["body"] == body
@@ -127,7 +127,8 @@ def test_silent_resolver(stack, supervisor, start_redis, start_proxy, tmp_path):
     server.client().execute_command("CLIENT", "KILL", "ID", row["id"])
     while time.monotonic() < began + 5:
         status, took = pinged(proxy)
-        assert status == 500 and took < 4, (status, took)
+        assert status == 500 and took < 3.7, (status, took)
+    assert "Redis fora do ar" in proxy.log()
     assert max(supervisor.gaps(began)) < 2
     names.write_text("127.0.0.1 redis.prova\n")
     harness.eventually(lambda: pinged(proxy)[0] == 200, 30, "Redis de volta")
@@ -424,24 +425,21 @@ def client_hello():
 
 def test_strangers_to_http(start_proxy, connect, host):
     """PROXY v1 e v2, TLS e HTTP/2: um aviso por tipo, com o endereço e a causa provável; o HTTP segue calado."""
-    proxy = start_proxy()
-    version_2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x7f\0\0\1\x7f\0\0\1\x10\0\x20\0"
-    version_1 = b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n"
     request = b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n"
+    version_1 = b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n" + request
+    version_2 = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x7f\0\0\1\x7f\0\0\1\x10\0\x20\0" + request
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
-    for word, data in (
-        ("PROXY", version_1 + request), ("PROXY", version_2 + request), ("TLS", client_hello()), ("HTTP/2", preface),
-    ):
-        before = len(warnings(proxy.log()))
-        for _ in range(3):
-            conn = connect(proxy, source="127.0.0.9")
-            conn.send(data)
-            assert conn.sock.recv(65536).startswith(b"HTTP/1.1 4") or not data.startswith(b"P")
-            conn.close()
-        proxy.wait_log(rf"aviso: .*\b{word}\b")
-        assert pinged(proxy)[0] == 200
-        (told, *more) = warnings(proxy.log())[before:]
-        assert "127.0.0.9" in told and word in told and not more, (told, more)
+    for kinds in ({"PROXY": version_1, "TLS": client_hello(), "HTTP/2": preface}, {"PROXY": version_2}):
+        proxy = start_proxy()
+        for word, data in kinds.items():
+            for _ in range(3):
+                conn = connect(proxy, source="127.0.0.9")
+                conn.send(data)
+                conn.half_close()
+            proxy.wait_log(rf"aviso: .*\b{word}\b")
+            assert pinged(proxy)[0] == 200
+        told = warnings(proxy.log())
+        assert len(told) == len(kinds) and all("127.0.0.9" in line for line in told), told
 
 
 # -- linha 14: cada opção da URL do Redis tem a sua frase -----------------------------------------------------
@@ -606,7 +604,6 @@ def test_imported(tmp_path, code):
     words = [sys.executable, "-c", code]
     env = harness.base_environment()
     done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False)
-    assert done.returncode == 1, done
     told = [row for row in (done.stderr + done.stdout).splitlines() if row.startswith("ImportError: ")]
     assert len(told) == 1 and re.search("json.proxy.py", told[0]) and " é um programa" in told[0], done
 
