@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import datetime
 import json
+import pathlib
 import re
+import subprocess
 import sys
 
 import aiohttp
@@ -134,6 +136,25 @@ def close_langchain(*models):
         model._client._client.close()
 
 
+def run_javascript(port, node_folder):
+    """Roda o cliente de JavaScript. Argumentos: port, a do proxy; node_folder, a do npm. Retorno: o que ele escreveu."""
+    script = pathlib.Path(__file__).resolve().parent / "readers" / "ollama.cjs"
+    done = subprocess.run(
+        ["node", str(script), f"http://127.0.0.1:{port}", question],
+        env={**harness.base_environment(), "NODE_PATH": str(node_folder / "node_modules")},
+        capture_output=True,
+        timeout=30,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def test_javascript(proxy, echo, db, node_folder):
+    """O cliente de JavaScript: em partes, inteiro, generate e list."""
+    found = run_javascript(proxy.port, node_folder)
+    assert found == {"parts": [*pieces, "", whole, whole, "eco:latest"], "error": None}
+
+
 def test_insists_on_json(proxy, echo, db, share_proxy):
     """O .json() do aiohttp só aceita application/json: com o CONTENT_TYPE do guia, é o que vem; com o padrão, não."""
 
@@ -218,6 +239,12 @@ def test_silence_async(silent, db):
 
     texts = asyncio.run(run())
     assert len(texts) >= 2 and set(texts) == {""}
+
+
+def test_silence_javascript(silent, node_folder, db):
+    """O mesmo, com o de JavaScript."""
+    found = run_javascript(silent.port, node_folder)
+    assert (set(found["parts"]), found["error"]) == ({""}, timeout_text)
 
 
 def test_silence_langchain(silent, share_proxy, start_worker, db):
