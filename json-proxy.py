@@ -115,7 +115,7 @@ def import_problem(error):
     if module in sys.modules or not isinstance(error, ModuleNotFoundError):
         file = getattr(sys.modules.get(module), "__file__", file)
         installed = {each.name.lower(): each.version for each in importlib.metadata.distributions() if each.name}
-        problem = f"o módulo {module}, em {file}, não serve: {error}; versão instalada: {installed.get(module, 'nenhuma')}"
+        problem = f"o módulo {module}, em {file}, não serve: {error}; versão instalada: {installed.get(module) or installed.get('python-' + module)}"
     return (f"{problem}; é preciso flask 2.2, werkzeug 2.2, redis 4.3, waitress 2.1 e python-dotenv 0.21, ou mais novos; "
             "no Debian: apt install python3-flask python3-redis python3-waitress python3-dotenv")
 
@@ -592,38 +592,11 @@ settings = [
 ]
 
 # Uma variável global por linha da tabela; load_settings lhes dá o valor.
-HTTP_PORT: int = ...
-HTTP_HOST: str = ...
-HTTP_SERVER: str = ...
-SERVERNAME: str = ...
-CONTENT_TYPE: str = ...
-AUTH_TOKEN: tuple = ...
-HEADERS_EXCLUDE: frozenset = ...
-CORS_ORIGIN: frozenset = ...
-TRUST_PROXY: int = ...
-REDIS_SERVER: redis_address = ...
-REDIS_PASSWORD: str = ...
-REDIS_CHANNEL: str = ...
-REDIS_QUEUE: str = ...
-REDIS_PREFIX: str = ...
-REDIS_LIST_PREFIX: str = ...
-REDIS_TTL: int = ...
-REDIS_WAKE: bool = ...
-REDIS_REANNOUNCE: bool = ...
-INTERVAL: int = ...
-PAUSE: int = ...
-MAXTIME: int = ...
-MAXTIME_ERROR: bytes = ...
-HEARTBEAT: int = ...
-HEARTBEAT_LINE: bytes = ...
-DRAIN: int = ...
-MAX_STREAMS: int = ...
-MAX_BODY: int = ...
-REQUEST_TIMEOUT: int = ...
-METRICS_PORT: int = ...
-METRICS_HOST: str = ...
-LOG_LEVEL: str = ...
-ENV_FILE: str = ...
+HTTP_PORT = HTTP_HOST = HTTP_SERVER = SERVERNAME = CONTENT_TYPE = AUTH_TOKEN = HEADERS_EXCLUDE = CORS_ORIGIN = \
+    TRUST_PROXY = REDIS_SERVER = REDIS_PASSWORD = REDIS_CHANNEL = REDIS_QUEUE = REDIS_PREFIX = REDIS_LIST_PREFIX = \
+    REDIS_TTL = REDIS_WAKE = REDIS_REANNOUNCE = INTERVAL = PAUSE = MAXTIME = MAXTIME_ERROR = HEARTBEAT = \
+    HEARTBEAT_LINE = DRAIN = MAX_STREAMS = MAX_BODY = REQUEST_TIMEOUT = METRICS_PORT = METRICS_HOST = LOG_LEVEL = \
+    ENV_FILE = None
 
 
 class layered(typing.NamedTuple):
@@ -2164,19 +2137,22 @@ class stream:
         try:
             await apart.connect()
             spawn(apart.watch())
-            reply, = await apart.send(command)
-            words = redis_words(reply) if isinstance(reply, Exception) else ""
-            if words and is_passing(reply):
-                raise refusal(*redis_unavailable)
+            answer, = await apart.send(command)
         except (redis.RedisError, OSError) as error:
             # Um Redis que fecha esta conexão e atende na outra não quis a tarefa.
             if not await redis_ping():
                 raise refusal(*redis_unavailable) from None
-            words = cause_of(error)
+            answer = error
         finally:
             apart.lose(redis.ConnectionError("já não é precisa"))
-        if words:
-            self.reject(f"{words} (são {len(self.task.payload)} bytes; veja proto-max-bulk-len e client-query-buffer-limit)")
+        if not isinstance(answer, Exception):
+            return
+        words, is_answer = cause_of(answer), isinstance(answer, redis.ResponseError)
+        if is_answer and is_passing(answer):
+            raise refusal(*redis_unavailable)
+        if not is_answer or "bulk length" in words:
+            words += f" (são {len(self.task.payload)} bytes; veja proto-max-bulk-len e client-query-buffer-limit)"
+        self.reject(words)
 
     def reject(self, words):
         """Recusa a tarefa, porque o Redis a recusou.
@@ -3024,15 +3000,26 @@ def receive_deadline():
     return time.monotonic() + REQUEST_TIMEOUT / 1000
 
 
-def pause_if_starved(error):
-    """Espera, se faltam descritores: a conexão fica na fila do sistema, e sem pausa o servidor giraria à toa.
+def accept_patiently(accept):
+    """Aceita uma conexão; se faltam descritores, ela espera na fila do sistema, e sem pausa o servidor giraria à toa.
 
     Argumentos:
-        error (OSError): falha ao aceitar uma conexão.
+        accept (callable): o método do servidor.
+    Retorna:
+        tuple: (socket, endereço do cliente); None se não há nenhuma.
+    Levanta:
+        OSError: se o sistema não tem mais descritores ou o cliente desistiu.
+        KeyboardInterrupt: se o serviço está parando; é como o werkzeug aceita parar.
     """
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        warn_rarely("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
-        time.sleep(accept_pause)
+    try:
+        return accept()
+    except OSError as error:
+        if gate.is_closed and HTTP_SERVER == "flask":
+            raise KeyboardInterrupt from None
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            warn_rarely("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
+            time.sleep(accept_pause)
+        raise
 
 
 class line_reader(io.BufferedReader):
@@ -3150,26 +3137,6 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
             explain (str): sem uso.
         """
         self.wfile.write(whole_error(code, getattr(self, "headers", {}).get("Origin")))
-
-
-def accept_or_stop(accept):
-    """Aceita uma conexão no servidor do Flask.
-
-    Argumentos:
-        accept (callable): o método do servidor.
-    Retorna:
-        tuple: (socket, endereço do cliente).
-    Levanta:
-        OSError: se o sistema não tem mais descritores ou o cliente desistiu.
-        KeyboardInterrupt: se o serviço está parando; é como o werkzeug aceita parar.
-    """
-    try:
-        return accept()
-    except OSError as error:
-        if gate.is_closed:
-            raise KeyboardInterrupt from None
-        pause_if_starved(error)
-        raise
 
 
 def start_thread(process_request, *connection):
@@ -3351,7 +3318,7 @@ def serve_flask(listener):
         server = werkzeug.serving.make_server(
             host, port, application, threaded=options["threaded"], request_handler=options["request_handler"],
             fd=listener.fileno())
-        server.get_request = functools.partial(accept_or_stop, server.get_request)
+        server.get_request = functools.partial(accept_patiently, server.get_request)
         server.process_request = functools.partial(start_thread, server.process_request)
         server.handle_error = tell_misunderstood
         server.serve_forever()
@@ -3361,21 +3328,6 @@ def serve_flask(listener):
     flask.cli.show_server_banner = lambda *_: None
     app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, load_dotenv=False,
             request_handler=flask_handler)
-
-
-def accept_if_possible(accept):
-    """Aceita uma conexão no waitress.
-
-    Argumentos:
-        accept (callable): o método do servidor.
-    Retorna:
-        tuple: (socket, endereço do cliente); None se não há nenhuma.
-    """
-    try:
-        return accept()
-    except OSError as error:
-        pause_if_starved(error)
-        return None
 
 
 def serve_waitress(listener):
@@ -3398,7 +3350,7 @@ def serve_waitress(listener):
         clear_untrusted_proxy_headers=False, log_socket_errors=False,
     )
     server.channel_class = waitress_channel
-    server.accept = functools.partial(accept_if_possible, server.accept)
+    server.accept = functools.partial(accept_patiently, server.accept)
     # O socket que deixa de escutar é fechado na thread do waitress; o dele fecharia junto o alarme das outras.
     server.handle_close = functools.partial(waitress.wasyncore.dispatcher.close, server)
     server.run()
