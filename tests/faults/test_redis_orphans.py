@@ -138,12 +138,12 @@ def test_orphans_found_at_start(start_redis, start_proxy, name, count):
 def test_orphans_found_when_redis_returns(start_redis, start_proxy, count):
     """As feitas com a conexão caída, de que nenhum aviso veio: a volta também varre; depois, ninguém mais varre."""
     server = start_redis()
-    client = server.client()
     proxy = start_proxy("--ttl", 30, redis=server)
     harness.eventually(lambda: server.calls("scan"), first_pass, "varredura do início")
+    server.kill()
+    proxy.wait_log("Redis fora do ar")
     proxy.freeze()
-    for row in server.clients_named("py-ndjson-proxy"):
-        client.execute_command("CLIENT", "KILL", "ID", row["id"])
+    client = server.start().client()
     untouchable = make_untouchable(client, harness.default_list_prefix)
     names = make_orphans(client, harness.default_list_prefix, count)
     proxy.thaw()

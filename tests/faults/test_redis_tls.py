@@ -307,8 +307,8 @@ def commands_of_the_proxy(admin, spy):
 
 @pytest.mark.parametrize("tls", [False, True], ids=["sem_tls", "com_tls"])
 def test_acl_line_of_the_readme(start_tls, certificates, start_proxy, connect, start_worker, tls):
-    """Com o usuário do README tudo funciona, avisos e varredura inclusive; o Redis não anota nenhuma recusa, e nenhum
-    direito sobra: cada comando permitido foi usado."""
+    """Com o usuário do README tudo funciona, avisos e varredura inclusive; o Redis só anota a recusa da pergunta pelos
+    seus limites, feita no início, e nenhum direito sobra: cada comando permitido foi usado."""
     server = start_tls()
     admin = server.client()
     user, password = acl_line["user"], acl_line["password"]
@@ -338,7 +338,7 @@ def test_acl_line_of_the_readme(start_tls, certificates, start_proxy, connect, s
         spy.disconnect()
         log = proxy.log()
         proxy.stop()
-    denied = [row for row in admin.execute_command("ACL", "LOG") if user.encode() in row]
+    denied = [row for row in admin.execute_command("ACL", "LOG") if user.encode() in row and b"config|get" not in row]
     assert not denied, denied
     assert support.polling_only not in log, log
     assert "não aceita scripts" not in log and password not in log, log
