@@ -4,6 +4,7 @@ import base64
 import email
 import email.policy
 import json
+import re
 import shutil
 
 import pytest
@@ -11,10 +12,20 @@ import pytest
 import browser
 import harness
 
-# MAXTIME_ERROR na forma que o widget mostra; a padrão ele ignora.
-timeout_line = json.dumps(
-    {"type": "error", "content": "O assistente demorou demais. Tente de novo."}, ensure_ascii=False
-)
+# As linhas que o guia manda pôr no proxy, na seção do widget.
+guide = (harness.root / "packaging" / "examples" / "README.md").read_text(encoding="utf-8")
+given = dict(re.findall(r"^(HEARTBEAT_LINE|MAXTIME_ERROR)=(.+)$", guide.partition("## O widget do n8n")[2], re.MULTILINE))
+
+# Conta em `pings` os batimentos que a página leu; o que o widget recebe não muda.
+watch_script = """
+    window.pings = 0;
+    const read = ReadableStreamDefaultReader.prototype.read;
+    ReadableStreamDefaultReader.prototype.read = async function () {
+        const got = await read.call(this);
+        if (got.value === null || got.value?.type === "ping") pings++;
+        return got;
+    };
+"""
 
 page_text = """<!DOCTYPE html>
 <html lang="pt-BR">
@@ -42,12 +53,13 @@ def open_widget(chromium, serve_files, node_folder, tmp_path):
 
     def start(port, **options):
         """Abre o widget. Argumentos: port, a do proxy; options, as de createChat. Retorno: a página."""
-        given = {"enableStreaming": True, "loadPreviousSession": False, **options}
-        text = page_text.replace("PORT", str(port)).replace("OPTIONS", json.dumps(given))
+        chosen = {"enableStreaming": True, "loadPreviousSession": False, **options}
+        text = page_text.replace("PORT", str(port)).replace("OPTIONS", json.dumps(chosen))
         (folder / "index.html").write_text(text, encoding="utf-8")
         page = chromium.new_page()
         page.set_default_timeout(browser.patience)
         page.on("pageerror", lambda error: faults.append(str(error)))
+        page.add_init_script(watch_script)
         page.goto(site.origin)
         return page
 
@@ -120,6 +132,36 @@ def test_text_appears_progressively(start_proxy, open_widget, worker):
     assert json.loads(task.info["body"])["sessionId"] == sent["sessionId"]
     task.finish(chunk("begin"), chunk("item", "Outra"), chunk("end"))
     browser.expect(bot(page)).to_have_text(["Um dois três quatro cinco", "Outra"])
+
+
+def test_heartbeats_are_ignored(start_proxy, open_widget, worker):
+    """O HEARTBEAT_LINE do guia não vira texto nem fim: nem antes da primeira parte, nem entre duas, nem depois."""
+    page = open_widget(
+        start_proxy("--cors-origin", "*", "--heartbeat", "50", "--heartbeat-line", given["HEARTBEAT_LINE"]).port
+    )
+    say(page, "Olá")
+    task = worker.next()
+    parts = [[chunk("begin")], [chunk("item", "Um")], [chunk("item", " dois"), chunk("end")]]
+    for count, lines in enumerate(parts, 1):
+        # A cada volta, mais três batimentos lidos.
+        page.wait_for_function("count => pings >= count", arg=3 * count)
+        browser.expect(page.locator(".chat-message-typing")).to_be_visible()
+        task.push(*lines)
+    browser.expect(bot(page)).to_have_text("Um dois")
+    page.wait_for_function("pings >= 12")
+    task.finish()
+    browser.expect(page.locator(".chat-message-typing")).to_be_hidden()
+    browser.expect(bot(page)).to_have_text("Um dois")
+
+
+@pytest.mark.parametrize(("line", "shown"), [("null", "Error: Failed to receive response"), ("ping", "pingping")])
+def test_trap_heartbeats(line, shown, start_proxy, open_widget, worker):
+    """Armadilhas: um batimento null, que é JSON, derruba a leitura do widget; um que não é JSON aparece na conversa."""
+    page = open_widget(start_proxy("--cors-origin", "*", "--heartbeat", "50", "--heartbeat-line", line).port)
+    say(page, "Olá")
+    task = worker.next()
+    browser.expect(bot(page)).to_contain_text(shown)
+    task.delete()
 
 
 def test_two_nodes_are_two_messages(start_proxy, open_widget, worker):
@@ -223,17 +265,26 @@ def read_multipart(info):
 
 
 def test_timeout_shows_a_message(start_proxy, open_widget, worker):
-    """Com MAXTIME_ERROR na forma {"type": "error", "content"}, quem esperou demais lê a frase, no começo ou no meio."""
-    page = open_widget(start_proxy("--cors-origin", "*", "--maxtime", "800", "--maxtime-error", timeout_line).port)
+    """Com o MAXTIME_ERROR do guia, quem esperou demais lê a frase, no começo ou no meio."""
+    page = open_widget(start_proxy("--cors-origin", "*", "--maxtime", "800", "--maxtime-error", given["MAXTIME_ERROR"]).port)
     say(page, "Olá")
     worker.next()
-    browser.expect(bot(page)).to_have_text("Error: O assistente demorou demais. Tente de novo.")
+    shown = "Error: " + json.loads(given["MAXTIME_ERROR"])["content"]
+    browser.expect(bot(page)).to_have_text(shown)
     browser.expect(page.locator(".chat-message-typing")).to_be_hidden()
     say(page, "De novo")
     worker.next().push(chunk("begin"), chunk("item", "Estou pen"))
-    shown = "Error: O assistente demorou demais. Tente de novo."
     # O aviso não traz o nó: é outra mensagem.
     browser.expect(bot(page)).to_have_text([shown, "Estou pen", shown])
+
+
+def test_worker_error_shows_a_message(start_proxy, open_widget, worker):
+    """A linha de erro do worker, na mesma forma e com o nó da resposta, aparece no fim dela."""
+    page = open_widget(start_proxy("--cors-origin", "*").port)
+    say(page, "Olá")
+    worker.next().finish(chunk("begin"), chunk("item", "Estou pen"), chunk("error", "acabou a tinta"))
+    browser.expect(bot(page)).to_have_text("Estou penError: acabou a tinta")
+    browser.expect(page.locator(".chat-message-typing")).to_be_hidden()
 
 
 def test_trap_default_timeout_line(start_proxy, open_widget, worker):
