@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Extrai do pacote n8n-nodes-base os parâmetros dos nós que o fluxo de exemplo usa.
 
-O n8n inteiro ocupa mais de 1 GB: as provas usam só este resumo, guardado em n8n_parameters.json. Para refazê-lo,
+O n8n inteiro ocupa mais de 2 GB: as provas usam só este resumo, guardado em n8n_parameters.json. Para refazê-lo,
 ou acrescentar uma versão:
 
-    npm pack n8n-nodes-base@1.121.0 n8n-nodes-base@2.41.2
+    npm pack n8n-nodes-base@2.40.2
     tests/n8n_parameters.py n8n-nodes-base-*.tgz > tests/n8n_parameters.json
 """
 
