@@ -266,7 +266,7 @@ def read_multipart(info):
 
 def test_timeout_shows_a_message(start_proxy, open_widget, worker):
     """Com o MAXTIME_ERROR do guia, quem esperou demais lê a frase, no começo ou no meio."""
-    page = open_widget(start_proxy("--cors-origin", "*", "--maxtime", "800", "--maxtime-error", given["MAXTIME_ERROR"]).port)
+    page = open_widget(start_proxy("--cors-origin", "*", "--maxtime", "2000", "--maxtime-error", given["MAXTIME_ERROR"]).port)
     say(page, "Olá")
     worker.next()
     shown = "Error: " + json.loads(given["MAXTIME_ERROR"])["content"]
@@ -289,7 +289,7 @@ def test_worker_error_shows_a_message(start_proxy, open_widget, worker):
 
 def test_trap_default_timeout_line(start_proxy, open_widget, worker):
     """Armadilha: a linha padrão, {"error": "timeout"}, o widget ignora: sem nada recebido, a frase dele não ajuda."""
-    page = open_widget(start_proxy("--cors-origin", "*", "--maxtime", "500").port)
+    page = open_widget(start_proxy("--cors-origin", "*", "--maxtime", "2000").port)
     say(page, "Olá")
     worker.next()
     browser.expect(bot(page)).to_contain_text("[No response received.")
