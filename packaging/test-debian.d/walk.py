@@ -3,11 +3,13 @@
 
 Roda como root dentro do sistema iniciado por packaging/test-debian, uma vez por fase:
     walk.py FASE PACOTE PACOTE_NOVO PACOTE_ALHEIO CLONE
-PACOTE_ALHEIO é o mesmo pacote construído noutra versão do Debian. A fase 1 vai da instalação à véspera da reinicialização; a 2, do sistema reiniciado à
-reinstalação. Cada passo escreve uma linha, "ok nome (segundos)" ou "FALHOU nome: motivo";
+PACOTE_ALHEIO é o mesmo pacote construído noutra versão do Debian. A fase 1 vai da instalação à véspera da
+reinicialização; a 2, do sistema reiniciado à reinstalação; a 3 é de um sistema à parte, que tem o seu espaço de nomes
+de usuário e nele nega os outros. Cada passo escreve uma linha, "ok nome (segundos)" ou "FALHOU nome: motivo";
 as medidas saem como "medida nome = valor". Sai com erro se algum passo falhou.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -143,10 +145,10 @@ def redis(*command):
     return run("redis-cli", "-n", "1", *command).strip()
 
 
-def ask(method, path, body=None, at=port, host="127.0.0.1", timeout=20):
+def ask(method, path, body=None, at=port, host="127.0.0.1", timeout=20, **headers):
     """Faz um pedido e devolve a resposta com os cabeçalhos lidos e o corpo por ler."""
     connection = http.client.HTTPConnection(host, at, timeout=timeout)
-    connection.request(method, path, body)
+    connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
     return connection.getresponse()
 
 
@@ -243,7 +245,7 @@ def measure(name, value):
     print(f"medida {name} = {value}", flush=True)
 
 
-steps = {1: [], 2: []}
+steps = {1: [], 2: [], 3: []}
 
 
 def step(phase):
@@ -306,6 +308,7 @@ def contents():
         "doc/py-ndjson-proxy/README.md.gz",
         "doc/py-ndjson-proxy/examples/worker.py",
         "doc/py-ndjson-proxy/examples/localhost-only.conf",
+        "doc/py-ndjson-proxy/examples/container.conf",
     ):
         expect(f"/usr/share/{name}" in listed and os.path.exists(f"/usr/share/{name}"), f"falta /usr/share/{name}")
     expect(os.path.realpath("/usr/bin/py-ndjson-proxy") == "/usr/share/py-ndjson-proxy/json-proxy.py", "outro programa")
@@ -501,14 +504,19 @@ def redis_back():
 
 @step(1)
 def patience():
-    """Reiniciado sem Redis, insiste com paciência e sobe sozinho quando o Redis volta."""
+    """Reiniciado sem Redis, insiste a cada 5 s, com uma linha por tentativa, e sobe sozinho quando o Redis volta."""
     run("systemctl", "stop", "redis-server")
     expect(status("systemctl", "restart", unit) != 0, "o restart devia falhar sem o Redis")
+    mark, began = now(), time.monotonic()
     eventually(
         lambda: int(show("NRestarts")) >= 2 and show("ExecMainStatus") == "1",
         30,
         lambda: f"não insistiu: NRestarts={show('NRestarts')}, ExecMainStatus={show('ExecMainStatus')}",
     )
+    took, tries = time.monotonic() - began, int(show("NRestarts"))
+    expect(took > 4.9 * tries, f"{tries} tentativas em {took:.1f} s")
+    said = journal(mark, "-t", "py-ndjson-proxy").splitlines()
+    expect(len(said) <= tries, f"{tries} tentativas, {len(said)} linhas: {said}")
     began = time.monotonic()
     run("systemctl", "start", "redis-server")
     eventually(active, 15, "não subiu sozinho")
@@ -531,7 +539,7 @@ def killed():
 def stopped():
     """SIGSTOP: o watchdog traz de volta, em WatchdogSec; aqui, menos que os 30 s da unidade."""
     expect(show("WatchdogUSec") == "30s", f"WatchdogUSec={show('WatchdogUSec')}")
-    drop_in("[Service]\nWatchdogSec=10\n")
+    drop_in("[Service]\nWatchdogSec=4\n")
     restart()
     mark = now()
     pid = main_pid()
@@ -542,6 +550,45 @@ def stopped():
     expect("Watchdog timeout" in journal(mark), "o diário não diz que foi o watchdog")
     stream()
     drop_in()
+
+
+@step(1)
+def silent_resolver():
+    """WatchdogSec=4, e por 15 s nem Redis nem quem resolva o nome dele: os streams e o serviço vivem, e tudo volta."""
+    hosts, resolver = pathlib.Path("/etc/hosts"), pathlib.Path("/etc/resolv.conf")
+    original_hosts = hosts.read_text()
+    named = original_hosts + "127.0.0.1 redis-distante\n"
+    addresses = ("127.0.0.51", "127.0.0.52", "127.0.0.53")
+    with contextlib.ExitStack() as stack:
+        for address in addresses:
+            # Recebe e não responde.
+            stack.enter_context(socket.socket(type=socket.SOCK_DGRAM)).bind((address, 53))
+        stack.callback(resolver.unlink)
+        resolver.write_text("options timeout:2 attempts:1\n" + "".join(f"nameserver {each}\n" for each in addresses))
+        stack.callback(hosts.write_text, original_hosts)
+        hosts.write_text(named)
+        drop_in("[Service]\nWatchdogSec=4\n")
+        configure(REDIS_SERVER="redis-distante:6379/1", HEARTBEAT=500, HEARTBEAT_LINE="'{\"vivo\": true}'")
+        restart()
+        pid = main_pid()
+        (answer,) = open_streams(1)
+        hosts.write_text(original_hosts)
+        for kind in ("normal", "pubsub"):
+            redis("CLIENT", "KILL", "TYPE", kind)
+        ending = time.monotonic() + 15
+        while (began := time.monotonic()) < ending:
+            expect(answer.readline() == b'{"vivo": true}\n', "o stream acabou")
+            expect(time.monotonic() - began < 1.5, f"um heartbeat demorou {time.monotonic() - began:.1f} s")
+        answer.close()
+        expect(main_pid() == pid, "o watchdog matou o serviço")
+        expect(ping()[0] == 500, "/ping devia acusar o Redis")
+        hosts.write_text(named)
+        eventually(lambda: ping() == (200, "pong"), 20, "não voltou")
+        stream()
+        expect(main_pid() == pid and show("NRestarts") == "0", "o serviço reiniciou")
+    drop_in()
+    configure()
+    restart()
 
 
 @step(1)
@@ -612,6 +659,40 @@ def with_waitress():
 
 
 @step(1)
+def every_function():
+    """Métricas, inclusive as do processo, CORS, token, fila e heartbeat, nos dois servidores, na unidade como vem."""
+    apt("install", "python3-prometheus-client")
+    origin, token = "https://exemplo.com.br", "abacaxi-azul-123"
+    for server in ("flask", "waitress"):
+        configure(
+            HTTP_SERVER=server,
+            METRICS_PORT=9771,
+            CORS_ORIGIN=origin,
+            AUTH_TOKEN=token,
+            REDIS_QUEUE="fila",
+            HEARTBEAT=200,
+            HEARTBEAT_LINE="'{\"vivo\": true}'",
+        )
+        restart()
+        expect(ask("POST", "/sem-token", b"{}").status == 401, "atendeu sem o token")
+        answer = ask("OPTIONS", "/tudo", Origin=origin, Access_Control_Request_Method="POST")
+        expect(answer.getheader("Access-Control-Allow-Origin") == origin, f"OPTIONS: {answer.getheaders()}")
+        answer = ask("POST", "/tudo", b"{}", Origin=origin, Authorization=f"Bearer {token}")
+        expect(answer.getheader("Access-Control-Allow-Origin") == origin, f"POST: {answer.getheaders()}")
+        key = redis("LPOP", "fila")
+        expect(answer.readline() == b'{"vivo": true}\n', "não veio o heartbeat")
+        redis("RPUSH", json.loads(redis("GET", key))["task_list"], "{}")
+        redis("DEL", key)
+        expect(answer.read().endswith(b"{}\n"), "o resto veio diferente")
+        text = ask("GET", "/metrics", at=9771).read().decode()
+        found = set(re.findall(r"^ndjson_proxy_process_(\w+) [0-9.e+]+$", text, re.M))
+        names = "virtual_memory_bytes resident_memory_bytes start_time_seconds cpu_seconds_total open_fds max_fds"
+        expect(found == set(names.split()), f"métricas do processo: {found}")
+    configure()
+    restart()
+
+
+@step(1)
 def other_redis():
     """Redis por socket unix e por TLS, nos dois servidores HTTP."""
     tls.mkdir(parents=True)
@@ -660,7 +741,8 @@ def low_port():
     mark = now()
     configure(HTTP_PORT="80")
     expect(status("systemctl", "restart", unit) != 0, "a porta 80 devia ser negada")
-    expect("a porta 80" in journal(mark, "-p", "err"), "o diário não explica")
+    text = journal(mark, "-p", "err")
+    expect("a porta 80" in text and "low-port.conf" in text, f"o diário não explica: {text}")
     drop_in("low-port.conf")
     restart()
     stream(at=80)
@@ -880,6 +962,58 @@ def from_clone_elsewhere():
     expect(not active() and show("SubState") in ("auto-restart", "start"), f"SubState={show('SubState')}")
     expect(conffile.read_text(encoding="utf-8") == "REDIS_SERVER=192.0.2.1:6379/1\n", "a configuração foi trocada")
     apt("purge", "py-ndjson-proxy")
+
+
+# =============================================================================
+# Fase 3: onde os espaços de nomes são negados
+# =============================================================================
+
+
+def allow(**limits):
+    """Muda os limites de espaços de nomes do espaço de usuário deste sistema."""
+    # O /proc/sys daqui é só para leitura; e sem espaços de montagem nada mais se monta.
+    if not os.path.ismount("/mnt"):
+        run("mount", "-t", "proc", "proc", "/mnt")
+    for kind, limit in limits.items():
+        pathlib.Path(f"/mnt/sys/user/max_{kind}_namespaces").write_text(str(limit))
+
+
+@step(3)
+def refused():
+    """Sem espaços de nomes a unidade não inicia, e packaging/install diz o que instalar."""
+    allow(user=0)
+    done = subprocess.run(
+        [f"{clone}/packaging/install"],
+        check=False,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+    )
+    expect(done.returncode == 1 and not active(), f"saiu com {done.returncode}: {done.stdout}")
+    expect(done.stdout.count(f"instale {examples}/container.conf") == 1, f"não diz o que fazer: {done.stdout}")
+    expect(show("ExecMainStatus") == "217", f"ExecMainStatus={show('ExecMainStatus')}")
+    shutil.copy2(conffile, original)
+    # Os de usuário permitidos, faltam os de montagem.
+    allow(user=100, mnt=0, ipc=0, uts=0)
+    expect(status("systemctl", "restart", unit) != 0, "iniciou sem espaços de nomes")
+    expect(show("ExecMainStatus") == "226", f"ExecMainStatus={show('ExecMainStatus')}")
+
+
+@step(3)
+def contained():
+    """Com container.conf ela inicia e atende, nos dois servidores HTTP."""
+    # A unidade do Redis também não inicia.
+    run("runuser", "-u", "redis", "--", "redis-server", "--daemonize", "yes", "--save", "", "--dir", "/tmp")
+    drop_in("container.conf")
+    allow(user=0)
+    for server in ("flask", "waitress"):
+        configure(HTTP_SERVER=server)
+        restart()
+        stream()
+    text = run("systemd-analyze", "security", "--no-pager", unit)
+    measure("exposição com container.conf", re.search(r"Overall exposure level for \S+ ([0-9.]+)", text).group(1))
 
 
 # =============================================================================
