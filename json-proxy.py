@@ -421,10 +421,8 @@ class redis_address(typing.NamedTuple):
 name_expression = r"[^\s\x00-\x1f\x7f]+"
 # O maior número que o Redis sabe ler; quantos databases ele tem só ele diz.
 last_database = 2**31 - 1
-url_reserved = {
-    "protocol", "decode_responses", "encoding", "socket_timeout", "socket_connect_timeout", "socket_keepalive",
-    "health_check_interval", "max_connections", "retry_on_timeout", "retry_on_error", "client_name",
-}
+# As opções de uma URL do Redis: as outras do redis-py são do programa, ou só falhariam na conexão.
+url_options = r"db|username|password|ssl_\w+"
 
 
 def parse_sentinels(text):
@@ -483,9 +481,8 @@ def parse_redis_address(text):
     bare = f"{url.scheme}://{url.netloc or url.path}"
     for name, value in urllib.parse.parse_qsl(url.query, keep_blank_values=True):
         try:
-            if name in url_reserved:
-                # Na URL, valeriam mais que as do programa, que depende das suas.
-                raise ValueError("é do programa")
+            if not re.fullmatch(url_options, name):
+                raise ValueError("só servem db, username, password e as de TLS, ssl_...")
             redis.ConnectionPool.from_url(f"{bare}?{urllib.parse.urlencode({name: value})}").make_connection()
         except Exception as error:
             takes = "aceita none, optional ou required" if name == "ssl_cert_reqs" else f"não serve ({error})"
@@ -718,7 +715,7 @@ def read_env_file(path, required):
     for binding in dotenv.parser.parse_stream(io.StringIO(text)):
         if binding.error or (binding.key is not None and binding.value is None):
             raise configuration_error(
-                f"ENV_FILE: a linha {binding.original.line} do arquivo {path} não tem a forma NOME=valor"
+                f"ENV_FILE: a linha {binding.original.line} do arquivo {path} não tem a forma NOME=valor, ou tem aspas a mais"
             )
     return dotenv.dotenv_values(stream=io.StringIO(text), interpolate=False)
 
