@@ -125,10 +125,12 @@ def test_silent_resolver(stack, supervisor, start_redis, start_proxy, tmp_path):
     began = time.monotonic()
     (row,) = server.clients_named("py-ndjson-proxy")
     server.client().execute_command("CLIENT", "KILL", "ID", row["id"])
-    while time.monotonic() < began + 5:
+    # Quem chega antes de a queda ser dita espera por ela, talvez duas vezes; os outros, não.
+    assert pinged(proxy)[0] == 500
+    proxy.wait_log("Redis fora do ar: sem resposta", 1)
+    while time.monotonic() < began + 7:
         status, took = pinged(proxy)
-        assert status == 500 and took < 3.7, (status, took)
-    assert "Redis fora do ar" in proxy.log()
+        assert status == 500 and took < 1, (status, took)
     assert max(supervisor.gaps(began)) < 2
     names.write_text("127.0.0.1 redis.prova\n")
     harness.eventually(lambda: pinged(proxy)[0] == 200, 30, "Redis de volta")

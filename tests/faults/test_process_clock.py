@@ -76,7 +76,8 @@ def test_clock_set_in_mid_stream(shift, clock, start_proxy, connect, worker):
     for number in range(3):
         task.push(str(number))
         line = response.line(3)
-        assert line == str(number).encode()
+        # Numa máquina ocupada cabe um sinal de vida entre o pedido e a linha.
+        assert (response.line(3) if b"ping" in line else line) == str(number).encode()
     for answer in (response, after):
         *beats, last = answer.lines(10)
         assert beats and {json.loads(beat)["type"] for beat in beats} == {"ping"}
