@@ -36,18 +36,18 @@ Quem é dono do quê
 
     thread do servidor HTTP (flask ou waitress)       laço (asyncio, thread principal)
       lê a requisição, autoriza, lê o corpo
-      submete a tarefa ------------------------------> stream.begin: reserva o lugar, PING,
+      submete a tarefa ------------------------------> stream.submit: reserva o lugar, PING,
       espera a aceitação <---------------------------- SET e PUBLISH
       monta o cabeçalho e entrega o socket ----------> stream.adopt: daqui em diante o socket
       sai por handed_over, e esquece                   é de um client; stream.relay o serve
 
-    Um socket tem um dono de cada vez, e só muda de dono em hand_over (e em dismiss, o de
-    uma requisição recusada): por isso não há trava nem fila por stream. Um stream é uma
-    corrotina: relay é o laço da especificação, e o `finally` de run é o único fim, venha
+    Um socket tem um dono de cada vez, e só muda de dono em hand_over; antes dela o laço só o
+    toca para acabar com uma requisição recusada (dismiss, sweep_late). Por isso não há trava
+    nem fila por stream. Um stream é uma corrotina: relay é o laço da especificação, e o `finally` de run é o único fim, venha
     ele de onde vier.
 
 Como uma linha viaja
-    O Redis avisa, pela única conexão (redis_link), qual chave mudou; o aviso acorda o
+    O Redis avisa, pela conexão comum (link), qual chave mudou; o aviso acorda o
     stream, que tira a linha com LPOP e a escreve no socket. INTERVAL é só uma rede: um
     aviso perdido é achado por ela. Um cliente que não lê faz parar o LPOP do seu stream.
 """
@@ -116,7 +116,7 @@ def import_problem(error):
         file = getattr(sys.modules.get(module), "__file__", file)
         installed = {each.name.lower(): each.version for each in importlib.metadata.distributions() if each.name}
         problem = f"o módulo {module}, em {file}, não serve: {error}; versão instalada: {installed.get(module) or installed.get('python-' + module)}"
-    return (f"{problem}; é preciso flask 2.2, werkzeug 2.2, redis 4.3, waitress 2.1 e python-dotenv 0.21, ou mais novos; "
+    return (f"{problem}; é preciso Python 3.11, flask 2.2, werkzeug 2.2, redis 4.3, waitress 2.1 e python-dotenv 0.21, ou mais novos; "
             "no Debian: apt install python3-flask python3-redis python3-waitress python3-dotenv")
 
 
@@ -135,8 +135,8 @@ try:
     import waitress.wasyncore
     import werkzeug.exceptions
     import werkzeug.serving
-    # Um arquivo vizinho de mesmo nome, importado em lugar do módulo, não os teria.
-    needed = (dotenv.dotenv_values, flask.Flask, redis.Redis, waitress.create_server)
+    # Um Python antigo, ou um arquivo vizinho importado em lugar de um módulo, não os teria.
+    needed = (asyncio.timeout, dotenv.dotenv_values, flask.Flask, redis.Redis, waitress.create_server)
 except Exception as error:
     print(f"erro: {import_problem(error)}", file=sys.stderr)
     sys.exit(2)
@@ -882,7 +882,7 @@ def check_combinations(given):
 # =============================================================================
 
 log = logging.getLogger(program)
-# Linhas de log que esperam por uma saída lenta; além delas, são perdidas e contadas.
+# Quantas linhas de log esperam por uma saída lenta; além delas, são perdidas e contadas.
 log_lines = 10000
 # Tempo máximo, em segundos, para escrever o que resta ao encerrar.
 log_patience = 1.0
@@ -1056,10 +1056,11 @@ redis_timeout = 2.0
 # Enquanto ele está fora do ar, quanto tempo, em segundos, uma requisição espera pela volta.
 down_patience = 0.25
 # A cada quanto, em segundos, um PING prova que a conexão vive.
-idle_ping = 30.0
-# Tamanho, em bytes, de uma leitura da conexão, e do que o sistema guarda por enviar: com muito guardado, um
-# envio que avança pareceria parado.
+ping_interval = 30.0
+# Tamanho, em bytes, de uma leitura da conexão.
 receive_size = 65536
+# O que o sistema guarda por enviar: com muito guardado, um envio que avança pareceria parado.
+redis_send_buffer = 65536
 # Uma tarefa deste tamanho, em bytes, tem uma conexão só para si: na comum, faria esperar todas as outras, e o Redis
 # fecha a conexão que lhe manda mais do que aceita.
 large_payload = 262144
@@ -1124,8 +1125,9 @@ def redis_pool():
     # O aperto de mão do redis-py fica em RESP2, o que todas as versões sabem fazer (a 4 não
     # conhece o argumento; a 8 usaria RESP3); redis_link.open passa a RESP3 por conta própria.
     if int(redis.__version__.partition(".")[0]) >= 5:
-        # Sem dizer seu nome: a quem recusa e fecha, um segundo envio falharia antes que se lesse por quê.
         options["protocol"] = 2
+        # Sem anunciar a biblioteca (CLIENT SETINFO): a quem recusa e fecha, um segundo envio falharia antes que se
+        # lesse por quê.
         options |= {"driver_info": None} if hasattr(redis, "driver_info") else {"lib_name": None, "lib_version": None}
     if REDIS_SERVER.url.startswith("sentinel:"):
         pool = sentinel_pool(options)
@@ -1224,17 +1226,17 @@ class redis_link:
         self.lost = loop.create_future()
         self.socket = redis_socket(self.connection)
         self.socket.setblocking(False)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, receive_size)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, redis_send_buffer)
         loop.add_reader(self.socket, self.receive)
 
     async def watch(self):
         """Espera a queda da conexão; prova que ela vive, e derruba a que não responde."""
-        ping_at = loop.time() + idle_ping
+        ping_at = loop.time() + ping_interval
         while not self.lost.done():
             await asyncio.wait([self.lost], timeout=redis_timeout / 4)
             now = loop.time()
             if now >= ping_at:
-                ping_at = now + idle_ping
+                ping_at = now + ping_interval
                 self.send(("PING",))
             if self.pending and now > max(self.pending[0].sent_at, self.moved_at) + redis_timeout:
                 self.lose(redis.TimeoutError("sem resposta do Redis"))
@@ -1245,10 +1247,11 @@ class redis_link:
         Retorna:
             list[str]: um aviso por perigo.
         Levanta:
-            redis.RedisError: se a conexão cair.
+            redis.RedisError, TimeoutError: se o Redis não responder.
         """
-        memory, *limits = await self.send(
-            ("INFO", "memory"), ("CONFIG", "GET", "proto-max-bulk-len"), ("CONFIG", "GET", "client-query-buffer-limit"))
+        async with asyncio.timeout(redis_timeout):
+            memory, *limits = await self.send(("INFO", "memory"), ("CONFIG", "GET", "proto-max-bulk-len"),
+                                              ("CONFIG", "GET", "client-query-buffer-limit"))
         memory, cautions = memory if isinstance(memory, bytes) else b"", []
         if found := re.search(rb"\nmaxmemory:[1-9].*maxmemory_policy:(?!noeviction)(\S+)", memory, re.DOTALL):
             cautions.append(f"maxmemory-policy é {found[1].decode()}: sem memória, o Redis apagaria tarefas e linhas, e uma "
@@ -1322,10 +1325,10 @@ class redis_link:
         self.outgoing.clear()
         self.incoming, self.missing = [], 1
         waiting, self.pending = self.pending, collections.deque()
-        kind = redis.TimeoutError if isinstance(error, redis.TimeoutError) else redis.ConnectionError
+        failure = redis.TimeoutError if isinstance(error, redis.TimeoutError) else redis.ConnectionError
         for each in waiting:
             if not each.future.done():
-                each.future.set_exception(kind(str(error)))
+                each.future.set_exception(failure(str(error)))
         self.lost.set_result(None if is_quiet else error)
 
     def send(self, *commands):
@@ -1403,7 +1406,7 @@ class redis_link:
         """Interpreta o que chegou inteiro e guarda o resto.
 
         Argumentos:
-            data (bytes): um ou mais começos de resposta, do começo de uma.
+            data (bytes): o que chegou, a partir do começo de uma resposta; a última pode estar incompleta.
         Levanta:
             ValueError, IndexError, redis.InvalidResponse: se não é do protocolo, ou se ninguém perguntou.
         """
@@ -1417,7 +1420,7 @@ class redis_link:
             if is_push:
                 if reply[0] == b"invalidate":
                     # FLUSHALL e FLUSHDB avisam sem nomear chaves.
-                    hear_changes(list(names) if reply[1] is None else reply[1])
+                    hear_changes(list(stream_of_key) if reply[1] is None else reply[1])
                 continue
             first = self.pending[0]
             first.replies.append(reply)
@@ -1794,7 +1797,7 @@ send_buffer = 262144
 # Os streams que ocupam um lugar, na ordem do rodízio da rede; a chave e a lista de cada um
 # que já foi ao Redis; e as corrotinas, que o asyncio só referencia fracamente.
 live = {}
-names = {}
+stream_of_key = {}
 runners = {}
 # Os que ninguém ouviu ainda.
 unheard = {}
@@ -1802,8 +1805,8 @@ unheard = {}
 removals = collections.deque(maxlen=10000)
 has_removals = asyncio.Event()
 # Nomes de que o Redis falou e que não são de um stream vivo: talvez listas sem dono.
-strangers = set()
-most_strangers = 10000
+ownerless = set()
+most_ownerless = 10000
 
 
 class gate:
@@ -1942,9 +1945,12 @@ class client(asyncio.Protocol):
         self.transport.write(self.frame(tail) + (last_chunk if self.is_chunked else b""))
         with contextlib.suppress(OSError):
             self.transport.write_eof()
+        # Com este limite, o transporte diz quando o último byte saiu.
+        self.transport.set_write_buffer_limits(0)
         while not self.transport.is_closing():
             left = self.transport.get_write_buffer_size()
-            self.room = loop.create_future()
+            if self.room is None:
+                self.room = loop.create_future()
             await asyncio.wait([self.room], timeout=client_timeout if left else closing_patience)
             if self.transport.get_write_buffer_size() == left:
                 self.transport.abort()
@@ -2016,7 +2022,7 @@ class stream:
                 self.runner.cancel()
 
     def tick(self):
-        """Cuida dos prazos, que correm seja o que for que a corrotina espere: HEARTBEAT e MAXTIME."""
+        """Cuida dos prazos, que correm, espere a corrotina o que esperar: HEARTBEAT e MAXTIME."""
         now = loop.time()
         if self.client.room is not None:
             # Um cliente lento não faz vencer o prazo de linhas que já estão na lista.
@@ -2050,7 +2056,7 @@ class stream:
         except (asyncio.CancelledError, OSError):
             # Quem cancelou já disse o motivo, em end; o resto é a rede do cliente.
             self.reason = self.reason or ended_client
-            if self.reason == ended_client and self.task.key in names and await self.was_finished():
+            if self.reason == ended_client and self.task.key in stream_of_key and await self.was_finished():
                 self.reason = ended_done
         except refusal as error:
             self.reason = ended_error
@@ -2099,7 +2105,7 @@ class stream:
             raise refusal(*redis_unavailable)
         key = self.task.key
         # Antes da gravação: um worker veloz já empurra enquanto a resposta dela volta.
-        names[key] = names[self.task.list] = self
+        stream_of_key[key] = stream_of_key[self.task.list] = self
         stored = [("SET", key, self.task.payload, "EX", REDIS_TTL)]
         if len(self.task.payload) >= large_payload:
             await self.store_apart(stored.pop())
@@ -2135,7 +2141,7 @@ class stream:
             await apart.connect()
             spawn(apart.watch())
             answer, = await apart.send(command)
-        except (redis.RedisError, OSError) as error:
+        except (redis.RedisError, OSError, RuntimeError) as error:
             # Um Redis que fecha esta conexão e atende na outra não quis a tarefa.
             if not await redis_ping():
                 raise refusal(*redis_unavailable) from None
@@ -2236,11 +2242,9 @@ class stream:
         Retorna:
             bool: falso também se o Redis não o disse.
         """
-        with contextlib.suppress(*redis_failures, TimeoutError):
-            async with asyncio.timeout(last_take_patience):
-                left, = await link.send(("EXISTS", self.task.key, self.task.list))
-                return left == 0
-        return False
+        asked = link.send(("EXISTS", self.task.key, self.task.list))
+        done, _ = await asyncio.wait([asked], timeout=last_take_patience)
+        return bool(done) and asked.exception() is None and asked.result() == [0]
 
     def explain(self, error):
         """Registra um fim por erro e o escreve para o cliente.
@@ -2256,8 +2260,7 @@ class stream:
                 message = f"o Redis recusou a consulta: {redis_words(error)}"
             log.warning("tarefa=%s %s", self.task.name, message)
             return error_line("redis_error", message)
-        log.error("tarefa=%s falha interna: %s: %s", self.task.name, type(error).__name__, error)
-        log.debug("tarefa=%s falha interna", self.task.name, exc_info=True)
+        log.error("tarefa=%s falha interna: %s: %s", self.task.name, type(error).__name__, error, exc_info=True)
         return error_line("internal", "falha interna do proxy")
 
     def leave(self):
@@ -2267,9 +2270,9 @@ class stream:
         live.pop(self, None)
         unheard.pop(self, None)
         asked, sent = self.task, self.client
-        if names.pop(asked.key, None) is None:
+        if stream_of_key.pop(asked.key, None) is None:
             return
-        del names[asked.list]
+        del stream_of_key[asked.list]
         removals.append((asked.key, asked.list, asked.taken))
         has_removals.set()
         gate.served += 1
@@ -2296,11 +2299,11 @@ def hear_changes(keys):
         keys (list[bytes]): chaves que mudaram, nossas, já encerradas ou de outro proxy no mesmo Redis.
     """
     for key in keys:
-        owner = names.get(key)
+        owner = stream_of_key.get(key)
         if owner is not None:
             owner.wake()
-        elif len(strangers) < most_strangers and not key.endswith(b":taken"):
-            strangers.add(key)
+        elif len(ownerless) < most_ownerless and not key.endswith(b":taken"):
+            ownerless.add(key)
 
 
 # =============================================================================
@@ -2315,7 +2318,7 @@ slice_size = 500
 # dono e dos prazos das requisições.
 status_interval = 1.0
 announce_interval = 1.0
-strangers_interval = 5.0
+ownerless_interval = 5.0
 sweep_interval = 0.25
 # Espera, em segundos, para pedir de novo que se apaguem as chaves que o Redis recusou apagar.
 removal_retry = 2.0
@@ -2337,7 +2340,7 @@ def spawn(coroutine):
     made.add_done_callback(duties.discard)
 
 
-def take_up(duty):
+def start_duty(duty):
     """Põe um dever a rodar; um defeito nosso é registrado, e ele recomeça.
 
     Argumentos:
@@ -2350,8 +2353,7 @@ def take_up(duty):
                 await duty()
                 return
             except Exception as error:
-                log.error("falha interna em %s: %s: %s", duty, type(error).__name__, error)
-                log.debug("falha interna", exc_info=True)
+                log.error("falha interna em %s: %s: %s", duty, type(error).__name__, error, exc_info=True)
                 await asyncio.sleep(1)
 
     spawn(keep_doing())
@@ -2392,14 +2394,15 @@ async def keep_link():
                 tell_down(error)
             attempt, link.attempt = link.attempt, loop.create_future()
             attempt.set_result(None)
-        take_up(catch_up)
+        # O que mudou enquanto ninguém ouvia.
+        start_duty(functools.partial(examine, live))
         if link.is_down:
             link.is_down = False
             log.info("Redis de volta")
             if meter is not None:
                 meter.returns.inc()
             tell_systemd()
-            take_up(look_for_dead)
+            start_duty(look_for_dead)
         await asyncio.wait([link.lost], timeout=1.0)
         # Uma recusa que dura seria achada de novo logo depois de reabrir; um corte, não.
         is_refused = link.lost.done() and isinstance(link.lost.result(), redis_refusals)
@@ -2425,17 +2428,18 @@ def tell_down(error):
     link.told = words
 
 
-async def examine(part):
+async def examine(streams):
     """Acorda os streams que têm o que buscar: linha na lista, tarefa apagada ou trocada por uma lista.
 
     Argumentos:
-        part (list[stream]): streams a examinar.
+        streams (iterable): streams a examinar.
     """
-    commands = [(("TYPE", each.task.key), ("EXISTS", each.task.list)) for each in part]
-    replies = await link.insist(*itertools.chain.from_iterable(commands))
-    for each, key_type, lines in zip(part, replies[::2], replies[1::2], strict=True):
-        if key_type != b"string" or lines != 0:
-            each.wake()
+    for part in slices(streams):
+        commands = [(("TYPE", each.task.key), ("EXISTS", each.task.list)) for each in part]
+        replies = await link.insist(*itertools.chain.from_iterable(commands))
+        for each, key_type, lines in zip(part, replies[::2], replies[1::2], strict=True):
+            if key_type != b"string" or lines != 0:
+                each.wake()
 
 
 async def cast_net():
@@ -2448,8 +2452,7 @@ async def cast_net():
         part = list(itertools.islice(live, net_size if link.is_tracked else None))
         for each in part:
             live[each] = live.pop(each)
-        for some in slices(part):
-            await examine(some)
+        await examine(part)
 
 
 async def announce_again():
@@ -2466,10 +2469,10 @@ async def announce_again():
                 counts = await link.send(*[("PUBLISH", REDIS_CHANNEL, each.task.key) for each in part])
                 for each, count in zip(part, counts, strict=True):
                     # A que já tem linhas foi achada de outro modo.
-                    if count == 0 and each in live and each.sequence == 1:
-                        unheard[each] = None
-                    elif count != 0:
+                    if isinstance(count, int) and count > 0:
                         log.info("tarefa=%s ouvida, ao ser anunciada de novo", each.task.name)
+                    elif each in live and each.sequence == 1:
+                        unheard[each] = None
 
 
 async def renew_keys():
@@ -2482,7 +2485,7 @@ async def renew_keys():
             replies = await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in keys])
             if error := first_error(replies):
                 warn_rarely(f"o Redis não renovou a validade das chaves: {cause_of(error)}")
-            # NOLOOP cala a mudança de uma chave que nós também mudamos no mesmo instante, e EXPIRE é mudar.
+            # NOLOOP cala a mudança de uma chave que nós também mudamos no mesmo instante, e EXPIRE conta como mudança.
             await examine(part)
 
 
@@ -2507,12 +2510,12 @@ async def remove_keys():
             has_removals.clear()
 
 
-async def expire_strangers():
+async def expire_ownerless():
     """Dá validade às listas sem dono de que o Redis falou: um worker que empurra depois do fim as recria."""
     while True:
-        await asyncio.sleep(strangers_interval)
-        found = list(strangers)
-        strangers.clear()
+        await asyncio.sleep(ownerless_interval)
+        found = list(ownerless)
+        ownerless.clear()
         for part in slices(found):
             await expire_lone(part)
 
@@ -2527,14 +2530,8 @@ async def expire_lone(keys):
     """
     replies = await link.insist(*[command for key in keys for command in (("TYPE", key), ("TTL", key))])
     found = zip(keys, replies[::2], replies[1::2], strict=True)
-    lone = [key for key, key_type, ttl in found if key_type == b"list" and ttl == -1 and key not in names]
+    lone = [key for key, key_type, ttl in found if key_type == b"list" and ttl == -1 and key not in stream_of_key]
     await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in lone])
-
-
-async def catch_up():
-    """Procura, uma vez por conexão, o que mudou sem aviso."""
-    for part in slices(live):
-        await examine(part)
 
 
 async def look_for_dead():
@@ -2549,7 +2546,7 @@ async def look_for_dead():
             warn_rarely(f"as listas órfãs não são procuradas: {cause_of(reply)}")
             break
         cursor, found = reply
-        await expire_lone([key for key in found if key.startswith(prefixes) and key not in names])
+        await expire_lone([key for key in found if key.startswith(prefixes) and key not in stream_of_key])
         await asyncio.sleep(dead_pause)
     start, found = 0, [b""]
     while REDIS_QUEUE and found:
@@ -2560,7 +2557,9 @@ async def look_for_dead():
         exist = await link.insist(*[("EXISTS", key) for key in found])
         # Do que não é tarefa, posto ali por outro programa, a falta da chave nada diz.
         dead = [key for key, count in zip(found, exist, strict=True) if count == 0 and key.startswith(prefixes[1])]
-        await link.insist(*[("LREM", REDIS_QUEUE, 1, key) for key in dead])
+        if error := first_error(await link.insist(*[("LREM", REDIS_QUEUE, 1, key) for key in dead])):
+            warn_rarely(f"REDIS_QUEUE: as tarefas mortas não saem da fila: {cause_of(error)}")
+            return
         start += len(found) - len(dead)
         await asyncio.sleep(dead_pause)
 
@@ -2585,13 +2584,17 @@ async def sweep_late():
         await asyncio.sleep(sweep_interval)
         now = time.monotonic()
         for connection, due in list(arrivals.items()):
-            if due <= now and arrivals.pop(connection, None) is not None:
+            # Pode ter chegado inteira neste instante.
+            if due > now or arrivals.get(connection) != due:
+                continue
+            arrivals.pop(connection, None)
+            if HTTP_SERVER == "waitress":
+                # Ele fecharia sem uma palavra; no do Flask, é a thread quem responde.
                 with contextlib.suppress(OSError):
-                    if HTTP_SERVER == "waitress":
-                        # Ele fecharia sem uma palavra; no do Flask, é a thread quem responde.
-                        spawn(dismiss(connection.dup(), whole_error(408)))
-                    # Quem espera pelo resto da requisição lê o fim dela.
-                    connection.shutdown(socket.SHUT_RD)
+                    spawn(dismiss(connection.dup(), whole_error(408)))
+            # Quem espera pelo resto da requisição lê o fim dela.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)
 
 
 # =============================================================================
@@ -2700,15 +2703,14 @@ def refuse(error):
     else:
         status = getattr(error, "code", None)
         if not isinstance(error, werkzeug.exceptions.HTTPException) or status not in error_codes:
-            log.error("falha interna ao atender uma requisição: %s: %s", type(error).__name__, error)
-            log.debug("falha interna ao atender uma requisição", exc_info=True)
+            log.error("falha interna ao atender uma requisição: %s: %s", type(error).__name__, error, exc_info=True)
             status = 500
         parts = error_parts(status)
     return flask.Response(parts[0], status, parts[1])
 
 
 @app.after_request
-def sign(response):
+def complete(response):
     """Completa qualquer resposta da aplicação; o cabeçalho Server é do servidor HTTP.
 
     Argumentos:
@@ -2911,7 +2913,7 @@ refusal_descriptors = 64
 chunk_marks = 65536
 # Pausa, em segundos, antes de aceitar de novo, se faltam descritores ou threads.
 accept_pause = 0.1
-# Soquetes cuja requisição ainda chega -> prazo, no relógio monotônico; infinito se já chegou e
+# Sockets cuja requisição ainda chega -> prazo, no relógio monotônico; infinito se já chegou e
 # a resposta está sendo feita.
 arrivals = {}
 
@@ -2988,15 +2990,6 @@ def hand_over(environ, owner, head):
     raise handed_over
 
 
-def receive_deadline():
-    """Calcula até quando uma requisição que começa agora pode chegar.
-
-    Retorna:
-        float: instante do relógio monotônico, em segundos.
-    """
-    return time.monotonic() + REQUEST_TIMEOUT / 1000
-
-
 def accept_patiently(accept):
     """Aceita uma conexão; se faltam descritores, ela espera na fila do sistema, e sem pausa o servidor giraria à toa.
 
@@ -3071,7 +3064,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
     def setup(self):
         """Começa a contar o prazo da requisição."""
         super().setup()
-        arrivals[self.connection] = receive_deadline()
+        arrivals[self.connection] = time.monotonic() + REQUEST_TIMEOUT / 1000
         self.rfile = line_reader(self.rfile.detach())
         with contextlib.suppress(OSError):
             tell_stranger(self.rfile.peek(1), self.client_address)
@@ -3113,7 +3106,7 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
         Retorna:
             dict: ambiente com o alvo como veio: self.path já perdeu as barras repetidas do início.
         """
-        # O werkzeug 2.2 os tomaria pelos que têm "-", e X_Forwarded_For forjaria um endereço.
+        # O werkzeug 2.2 tomaria os nomes com "_" pelos que têm "-", e X_Forwarded_For forjaria um endereço.
         for name in [name for name in self.headers if "_" in name]:
             del self.headers[name]
         if self.request_version != "HTTP/1.1":
@@ -3231,7 +3224,7 @@ class waitress_channel(waitress.channel.HTTPChannel):
             args (object): argumentos do waitress.
             options (object): argumentos nomeados do waitress.
         """
-        arrivals[connection] = receive_deadline()
+        arrivals[connection] = time.monotonic() + REQUEST_TIMEOUT / 1000
         super().__init__(server, connection, *args, **options)
 
     def recv(self, size):
@@ -3280,10 +3273,10 @@ def check_insides():
     """
     for owner, name in insides:
         if not hasattr(owner, name):
-            kind = owner if hasattr(owner, "__name__") else type(owner)
-            module = getattr(kind, "__module__", kind.__name__).partition(".")[0]
+            named = owner if hasattr(owner, "__name__") else type(owner)
+            module = getattr(named, "__module__", named.__name__).partition(".")[0]
             raise configuration_error(
-                f"esta versão do módulo {module} não serve: falta {kind.__name__}.{name}, de que o programa depende")
+                f"esta versão do módulo {module} não serve: falta {named.__name__}.{name}, de que o programa depende")
 
 
 def redis_socket(connection):
@@ -3353,17 +3346,17 @@ def serve_waitress(listener):
     server.run()
 
 
-hosts = {"flask": serve_flask, "waitress": serve_waitress}
+servers = {"flask": serve_flask, "waitress": serve_waitress}
 
 
-def run_host(listener):
+def run_server(listener):
     """Roda o servidor HTTP, em sua thread; sem ele, não há serviço.
 
     Argumentos:
         listener (socket.socket): socket escutando.
     """
     try:
-        hosts[HTTP_SERVER](listener)
+        servers[HTTP_SERVER](listener)
     except (Exception, SystemExit) as error:
         log.error("o servidor HTTP parou: %s: %s", type(error).__name__, error)
     if not gate.is_closed:
@@ -3700,6 +3693,8 @@ def request_stop(stopping):
     Argumentos:
         stopping (asyncio.Future): o que a parada espera.
     """
+    if stopping.done():
+        return
     for each in stop_signals:
         if loop.remove_signal_handler(each):
             signal.signal(each, end_at_once)
@@ -3739,7 +3734,7 @@ async def serve(given):
         given (dict): texto e camada de cada configuração.
     Retorna:
         int: 0 se parou por um sinal; 1 se o Redis ou a porta não atenderam; 2 se o
-        database ou o endereço não existem.
+        database, o nome ou a família não existem, ou se falta privilégio.
     """
     global link, loop, meter
     loop = asyncio.get_running_loop()
@@ -3768,10 +3763,10 @@ async def serve(given):
     if METRICS_PORT:
         meter = metrics_meter()
         meter.serve(listeners[1])
-    for duty in (keep_link, look_for_dead, cast_net, announce_again, renew_keys, remove_keys, expire_strangers,
+    for duty in (keep_link, look_for_dead, cast_net, announce_again, renew_keys, remove_keys, expire_ownerless,
                  keep_systemd_informed, sweep_late):
-        take_up(duty)
-    threading.Thread(target=run_host, args=(listeners[0],), name=HTTP_SERVER, daemon=True).start()
+        start_duty(duty)
+    threading.Thread(target=run_server, args=(listeners[0],), name=HTTP_SERVER, daemon=True).start()
     # Percorrer os objetos de milhares de streams pararia todos por décimos de
     # segundo; o lixo cíclico deles é jovem, e as duas primeiras gerações o recolhem.
     gc.freeze()
