@@ -82,6 +82,7 @@ import resource
 import signal
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -892,19 +893,6 @@ warning_interval = 60.0
 told_warnings = {}
 
 
-def plural(count, one, many):
-    """Escreve um número e o que ele conta.
-
-    Argumentos:
-        count (int): quantidade.
-        one (str): palavras no singular.
-        many (str): palavras no plural.
-    Retorna:
-        str: "1 stream", "2 streams".
-    """
-    return f"{count} {one if count == 1 else many}"
-
-
 class log_formatter(logging.Formatter):
     """Formata uma linha de log: <N> para o journald, palavra do nível fora dele."""
 
@@ -1029,11 +1017,12 @@ def cause_of(error):
     return redis_words(error)
 
 
-def notify_systemd(state):
+def notify_systemd(state, descriptors=()):
     """Informa o estado ao systemd (protocolo sd_notify).
 
     Argumentos:
         state (str): linhas NOME=valor, como READY=1.
+        descriptors (iterable): descritores que ele deve guardar.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
@@ -1042,7 +1031,8 @@ def notify_systemd(state):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
             # Um systemd que não lê não pode parar o laço.
             channel.setblocking(False)
-            channel.sendto(state.encode(), re.sub("^@", "\0", address))
+            channel.connect(re.sub("^@", "\0", address))
+            socket.send_fds(channel, [state.encode()], descriptors)
     except OSError as error:
         log.debug("o systemd não recebeu a notificação: %s", cause_of(error))
 
@@ -1810,11 +1800,12 @@ most_ownerless = 10000
 
 
 class gate:
-    """Quem pode entrar: o limite de streams, quantos já acabaram, e se o serviço está parando."""
+    """Quem pode entrar: o limite de streams, quantos já acabaram, e em que pé está o serviço."""
 
     limit = 0
     served = 0
-    is_closed = False
+    # Se o serviço está parando; se uma recarga está em curso; se não se aceita mais ninguém; se não se tira mais nada.
+    is_closed = is_reloading = is_paused = is_still = False
 
 
 class refusal(Exception):
@@ -1992,6 +1983,18 @@ class stream:
         runners[self.runner] = self
         self.runner.add_done_callback(runners.pop)
 
+    def resume(self, connection):
+        """Recomeça o stream que outro programa deixou, com a chave já gravada e o cabeçalho já enviado.
+
+        Argumentos:
+            connection (socket.socket): socket do cliente.
+        """
+        live[self] = None
+        stream_of_key[self.task.key] = stream_of_key[self.task.list] = self
+        self.is_noticed = True
+        self.begin()
+        self.adopt(connection, b"")
+
     def adopt(self, connection, head):
         """Recebe o socket da thread, que o esquece.
 
@@ -2048,7 +2051,8 @@ class stream:
     async def run(self):
         """Atende o cliente até o fim, venha ele de onde vier; é aqui que toda tarefa acaba."""
         try:
-            await self.submit()
+            if self not in live:
+                await self.submit()
             await self.receive_socket()
             self.timer = loop.call_soon(self.tick)
             if self.reason is None:
@@ -2096,10 +2100,9 @@ class stream:
             refusal: se não há lugar, ou se o Redis não atende ou recusa.
         """
         if gate.is_closed:
-            raise refusal(503, "shutdown", "o serviço está parando")
+            raise refusal(503, *error_codes[503])
         if len(live) >= gate.limit:
-            limit = plural(gate.limit, "stream simultâneo", "streams simultâneos")
-            raise refusal(503, "too_many_streams", f"o limite de {limit} foi atingido")
+            raise refusal(503, "too_many_streams", f"o limite de streams simultâneos, {gate.limit}, foi atingido")
         live[self] = None
         if not await redis_ping():
             raise refusal(*redis_unavailable)
@@ -2215,6 +2218,9 @@ class stream:
         while True:
             # Uma queda pode trocar o começo: o comando é escrito de novo a cada tentativa.
             await link.up.wait()
+            if gate.is_still:
+                # Quem tira a próxima é o programa que vem.
+                await loop.create_future()
             if not link.take_head:
                 break
             command = b"*10\r\n" + link.take_head + pack_words(
@@ -2617,6 +2623,7 @@ error_codes = {
     414: ("uri_too_long", "o endereço pedido é longo demais"),
     431: ("headers_too_large", "os cabeçalhos da requisição passam do limite permitido"),
     500: ("internal", "falha interna do proxy"),
+    503: ("shutdown", "o serviço está parando ou recomeçando; tente de novo em instantes"),
     501: ("not_implemented", "a requisição usa um recurso que o servidor não atende"),
     505: ("version_not_supported", "versão do HTTP não atendida"),
 }
@@ -2913,6 +2920,8 @@ refusal_descriptors = 64
 chunk_marks = 65536
 # Pausa, em segundos, antes de aceitar de novo, se faltam descritores ou threads.
 accept_pause = 0.1
+# Sockets escutando que vieram abertos: do programa de antes da recarga, ou do systemd, que os guarda.
+kept_listeners = []
 # Sockets cuja requisição ainda chega -> prazo, no relógio monotônico; infinito se já chegou e
 # a resposta está sendo feita.
 arrivals = {}
@@ -2990,17 +2999,21 @@ def hand_over(environ, owner, head):
     raise handed_over
 
 
-def accept_patiently(accept):
+def accept_patiently(accept, pause):
     """Aceita uma conexão; se faltam descritores, ela espera na fila do sistema, e sem pausa o servidor giraria à toa.
 
     Argumentos:
         accept (callable): o método do servidor.
+        pause (callable): o que faz o servidor não aceitar mais nenhuma.
     Retorna:
         tuple: (socket, endereço do cliente); None se não há nenhuma.
     Levanta:
         OSError: se o sistema não tem mais descritores ou o cliente desistiu.
         KeyboardInterrupt: se o serviço está parando; é como o werkzeug aceita parar.
     """
+    if gate.is_paused:
+        # A que está na fila do sistema é de quem vier depois.
+        return pause()
     try:
         return accept()
     except OSError as error:
@@ -3308,7 +3321,7 @@ def serve_flask(listener):
         server = werkzeug.serving.make_server(
             host, port, application, threaded=options["threaded"], request_handler=options["request_handler"],
             fd=listener.fileno())
-        server.get_request = functools.partial(accept_patiently, server.get_request)
+        server.get_request = functools.partial(accept_patiently, server.get_request, threading.Event().wait)
         server.process_request = functools.partial(start_thread, server.process_request)
         server.handle_error = tell_misunderstood
         server.serve_forever()
@@ -3340,7 +3353,8 @@ def serve_waitress(listener):
         clear_untrusted_proxy_headers=False, log_socket_errors=False,
     )
     server.channel_class = waitress_channel
-    server.accept = functools.partial(accept_patiently, server.accept)
+    server.accept = functools.partial(
+        accept_patiently, server.accept, functools.partial(setattr, server, "accepting", False))
     # O socket que deixa de escutar é fechado na thread do waitress; o dele fecharia junto o alarme das outras.
     server.handle_close = functools.partial(waitress.wasyncore.dispatcher.close, server)
     server.run()
@@ -3390,7 +3404,7 @@ def url_host(host):
 
 
 def open_listener(host, port):
-    """Abre o socket em que um servidor escuta.
+    """Abre o socket em que um servidor escuta, ou usa o que já veio aberto.
 
     Argumentos:
         host (str): endereço ou nome desta máquina.
@@ -3401,6 +3415,11 @@ def open_listener(host, port):
         OSError: se o endereço não existe ou a porta está ocupada.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    for each in kept_listeners:
+        name = each.getsockname()
+        if each.family == family and name[0] == address[0] and port in (0, name[1]):
+            kept_listeners.remove(each)
+            return each
     return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=host == "::")
 
 
@@ -3417,7 +3436,35 @@ round_limits = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05
 lag_limits = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 command_limits = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 # Erros que não estão em error_codes.
-refusal_codes = ((500, "redis_error"), (503, "too_many_streams"), (503, "shutdown"), (504, "redis_unavailable"))
+refusal_codes = ((500, "redis_error"), (503, "too_many_streams"), (504, "redis_unavailable"))
+
+
+def sample_key(sample):
+    """Dá um nome a uma amostra.
+
+    Argumentos:
+        sample (prometheus_client.Sample): a amostra.
+    Retorna:
+        str: o nome e os rótulos dela, em JSON.
+    """
+    return json.dumps([sample.name, sample.labels], sort_keys=True)
+
+
+async def list_streams():
+    """Descreve os streams vivos.
+
+    Retorna:
+        list[str]: um objeto JSON por stream.
+    """
+    now, rows = loop.time(), []
+    for each in live:
+        asked, sent = each.task, each.client
+        state = "starting" if each.timer is None else "ending" if each.reason else "blocked" if sent.room else "waiting"
+        rows.append(json.dumps({
+            "task": asked.name, "client": asked.address, "method": asked.method, "path": asked.path,
+            "age_ms": round((now - asked.started) * 1000), "lines": sent.lines, "bytes": sent.bytes,
+            "idle_ms": round((now - each.last_line) * 1000), "state": state}, ensure_ascii=False))
+    return rows
 
 
 class metrics_meter:
@@ -3464,7 +3511,48 @@ class metrics_meter:
         self.cuts = counter("redis_cuts", "Quedas do Redis ou da conexão com ele.")
         self.returns = counter("redis_reconnects", "Voltas do Redis.")
         prometheus_client.ProcessCollector(namespace="ndjson_proxy", registry=registry)
-        self.application = prometheus_client.make_wsgi_app(registry)
+        # O que o programa de antes da recarga já tinha contado: nome e rótulos de uma amostra -> valor.
+        self.registry, self.carried = registry, {}
+        total = prometheus_client.CollectorRegistry()
+        total.register(self)
+        self.metrics = prometheus_client.make_wsgi_app(total)
+
+    def collect(self):
+        """Soma o que se conta ao que o programa de antes da recarga contou.
+
+        Retorna:
+            iterator: famílias de métricas do prometheus_client.
+        """
+        for family in self.registry.collect():
+            # As do processo, que é o mesmo, o núcleo continua a contar.
+            if family.type in ("counter", "histogram") and "_process_" not in family.name:
+                family.samples = [
+                    each._replace(value=each.value + self.carried.get(sample_key(each), 0)) for each in family.samples]
+            yield family
+
+    def counted(self):
+        """Dá o que deve continuar na recarga.
+
+        Retorna:
+            dict: nome e rótulos de cada amostra -> valor, como em carried.
+        """
+        return {sample_key(each): each.value for family in self.collect()
+                if family.type in ("counter", "histogram") for each in family.samples}
+
+    def application(self, environ, start_response):
+        """Responde com os streams vivos em /streams, e com as métricas em qualquer outro caminho.
+
+        Argumentos:
+            environ (dict): ambiente WSGI.
+            start_response (callable): função do WSGI.
+        Retorna:
+            iterable: trechos de bytes.
+        """
+        if environ["PATH_INFO"] != "/streams":
+            return self.metrics(environ, start_response)
+        rows = asyncio.run_coroutine_threadsafe(list_streams(), loop).result(answer_timeout)
+        start_response("200 OK", [("Content-Type", "application/x-ndjson; charset=utf-8")])
+        return [row.encode() + b"\n" for row in rows]
 
     def round(self, done):
         """Conta uma ida ao Redis.
@@ -3489,10 +3577,11 @@ class metrics_meter:
 
 
 # =============================================================================
-# Sinais e programa principal
+# Recarga, sinais e programa principal
 # =============================================================================
 
-stop_signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+stop_signals = (signal.SIGTERM, signal.SIGINT)
+handled_signals = (*stop_signals, signal.SIGHUP, signal.SIGUSR1)
 # Tempo, em segundos, que cada etapa da parada espera sem ver progresso.
 stop_patience = 1.0
 loop: asyncio.AbstractEventLoop
@@ -3652,15 +3741,23 @@ async def settle(count):
             left, deadline = now, loop.time() + stop_patience
 
 
+def unread():
+    """Conta o que os clientes não leram.
+
+    Retorna:
+        int: bytes.
+    """
+    transports = [each.client.transport for each in runners.values() if each.client and each.client.transport]
+    return sum(each.get_write_buffer_size() for each in transports)
+
+
 def unsent():
     """Conta o que ainda falta dizer aos clientes.
 
     Retorna:
         int: streams vivos, bytes que seus clientes não leram e respostas que as threads fazem.
     """
-    transports = [each.client.transport for each in runners.values() if each.client and each.client.transport]
-    waiting = sum(due == math.inf for due in list(arrivals.values()))
-    return len(live) + sum(each.get_write_buffer_size() for each in transports) + waiting
+    return len(live) + unread() + sum(due == math.inf for due in list(arrivals.values()))
 
 
 async def stop_service(listener):
@@ -3672,11 +3769,13 @@ async def stop_service(listener):
     # O prazo do systemd acompanha DRAIN, seja qual for o TimeoutStopSec da unidade.
     notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(DRAIN + 10000) * 1000}")
     gate.is_closed = True
-    # Quem aceita conexões nos dois servidores vê este socket parar, e para.
-    listener.shutdown(socket.SHUT_RDWR)
-    count = len(live)
-    log.info("parando: %s", f"{plural(count, 'stream tem', 'streams têm')} até {DRAIN} ms para acabar" if count else
-             "nenhum stream vivo")
+    if "NOTIFY_SOCKET" in os.environ:
+        # O systemd guarda este socket: quem chega espera pelo próximo início, ou é recusado se não houver um.
+        gate.is_paused = True
+    else:
+        # Quem aceita conexões nos dois servidores vê este socket parar, e para.
+        listener.shutdown(socket.SHUT_RDWR)
+    log.info("parando: streams vivos: %d%s", len(live), f", que têm até {DRAIN} ms para acabar" if live else "")
     deadline = loop.time() + DRAIN / 1000
     while live and loop.time() < deadline:
         await asyncio.sleep(0.01)
@@ -3685,6 +3784,169 @@ async def stop_service(listener):
     await settle(unsent)
     await settle(lambda: len(removals))
     log.info("parado")
+
+
+# A recarga troca o programa sem trocar o processo (exec): os sockets ficam, e o resto vai em um memfd, cujo descritor
+# está nesta variável de ambiente. Outra forma do estado pede outra versão.
+state_variable = "NDJSON_PROXY_STATE"
+state_version = 1
+check_timeout = 30.0
+# O que um stream leva consigo.
+kept_of_task = ("name", "address", "method", "path", "started", "is_chunked")
+kept_of_stream = ("sequence", "last_line")
+kept_of_client = ("lines", "bytes", "skipped", "first_at", "sent_at")
+
+
+def try_program():
+    """Tenta o programa em disco, com as configurações de agora e os mesmos argumentos.
+
+    Retorna:
+        str: por que não serve; "" se serve.
+    """
+    try:
+        with open(__file__, encoding="utf-8") as file:
+            if state_variable not in file.read():
+                return "o programa em disco, de outra versão, não sabe recebê-la: reinicie o serviço"
+        done = subprocess.run([*sys.orig_argv, "--check"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              timeout=check_timeout, check=False)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    lines = [each for each in done.stderr.splitlines() if each.startswith("erro: ")] or done.stdout.splitlines()
+    return lines[-1].removeprefix("erro: ") if done.returncode else ""
+
+
+async def reload(listeners):
+    """Recomeça com o programa e as configurações que estão em disco, sem que nenhum cliente o note.
+
+    Argumentos:
+        listeners (list[socket.socket]): sockets escutando.
+    """
+    if gate.is_reloading or gate.is_closed:
+        return
+    gate.is_reloading = True
+    notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    if problem := await asyncio.to_thread(try_program):
+        log.error("a recarga foi recusada, e nada mudou: %s", problem)
+        gate.is_reloading = False
+        notify_systemd("READY=1")
+        return
+    # O que já chegou é respondido, e o que ainda chega, recusado; quem se conecta agora espera pelo programa que vem.
+    gate.is_paused = True
+    await settle(lambda: len(arrivals))
+    await asyncio.gather(*[dismiss(each.dup(), whole_error(503)) for each in list(arrivals)], return_exceptions=True)
+    await settle(lambda: sum(each.timer is None for each in live))
+    # Daqui em diante nada se tira do Redis, e nenhum prazo vence; o que já foi tirado tem de chegar aos clientes.
+    gate.is_still = True
+    handed = [each for each in live if each.timer is not None]
+    for each in handed:
+        each.timer.cancel()
+    await settle(unread)
+    for each in handed:
+        if each in live and each.client.transport.get_write_buffer_size():
+            each.client.transport.abort()
+    await settle(lambda: len(runners) - len(live))
+    if not gate.is_closed:
+        log.info("recarregando: streams vivos: %d", len(live))
+        try:
+            exec_program(listeners)
+        except OSError as error:
+            log.error("a recarga falhou: %s", cause_of(error))
+            exit_process(1)
+
+
+def exec_program(listeners):
+    """Troca o programa do processo. Uma retirada a caminho não se perde: o que vem a repete.
+
+    Argumentos:
+        listeners (list[socket.socket]): sockets escutando.
+    Levanta:
+        OSError: se o sistema não pôde.
+    """
+    state = {
+        "version": state_version, "redis": [REDIS_SERVER.url, REDIS_PREFIX, REDIS_LIST_PREFIX], "served": gate.served,
+        "listeners": [each.fileno() for each in listeners], "counted": meter.counted() if meter else {},
+        "removals": [[key.decode() for key in keys] for keys in removals],
+        "streams": [{
+            "fd": each.client.transport.get_extra_info("socket").fileno(), "is_chunked": each.task.is_chunked,
+            "keys": [each.task.key.decode(), each.task.list.decode()], "is_unheard": each in unheard,
+            "task": {name: getattr(each.task, name) for name in kept_of_task},
+            "stream": {name: getattr(each, name) for name in kept_of_stream},
+            "client": {name: getattr(each.client, name) for name in kept_of_client},
+        } for each in live if each.timer is not None],
+    }
+    memory = os.memfd_create(program)
+    with open(memory, "w", encoding="utf-8", closefd=False) as file:
+        json.dump(state, file)
+    for descriptor in (memory, *state["listeners"], *[row["fd"] for row in state["streams"]]):
+        os.set_inheritable(descriptor, True)
+    os.environ[state_variable] = str(memory)
+    # Um sinal que chegue antes que o programa que vem saiba tratá-lo espera por ele.
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals)
+    flush_log()
+    os.execv(sys.executable, sys.orig_argv)
+
+
+def read_state():
+    """Lê o que o programa de antes da recarga deixou, e os sockets que o systemd guardou.
+
+    Retorna:
+        dict: o estado; vazio se este é um início.
+    """
+    state, kept = {}, []
+    if state_variable in os.environ:
+        with open(int(os.environ.pop(state_variable)), encoding="utf-8") as file:
+            file.seek(0)
+            state = json.load(file)
+        kept += state["listeners"]
+    if os.environ.pop("LISTEN_PID", "") == str(os.getpid()):
+        kept += range(3, 3 + int(os.environ.pop("LISTEN_FDS")))
+    for descriptor in (*kept, *[row["fd"] for row in state.get("streams", ())]):
+        os.set_inheritable(descriptor, False)
+    kept_listeners.extend(socket.socket(fileno=descriptor) for descriptor in kept)
+    return state
+
+
+def take_over(state):
+    """Continua o que o programa de antes da recarga fazia.
+
+    Argumentos:
+        state (dict): o que ele escreveu; a forma de "version", "listeners", "fd" e "is_chunked" é para sempre.
+    """
+    is_known = state["version"] == state_version
+    for row in state["streams"]:
+        connection = socket.socket(fileno=row["fd"])
+        if not is_known:
+            line = error_line("shutdown")
+            spawn(dismiss(connection, b"%x\r\n%b\r\n%b" % (len(line), line, last_chunk) if row["is_chunked"] else line))
+            continue
+        asked = task.__new__(task)
+        for name, value in row["task"].items():
+            setattr(asked, name, value)
+        asked.key, asked.list = map(str.encode, row["keys"])
+        asked.taken, asked.payload = asked.list + b":taken", b""
+        made = stream(asked)
+        for owner, values in ((made, row["stream"]), (made.client, row["client"])):
+            for name, value in values.items():
+                setattr(owner, name, value)
+        made.resume(connection)
+        if row["is_unheard"]:
+            unheard[made] = None
+        if state["redis"] != [REDIS_SERVER.url, REDIS_PREFIX, REDIS_LIST_PREFIX]:
+            # As chaves dele ficaram onde já não se procura.
+            made.end(ended_shutdown)
+    if is_known:
+        gate.served = state["served"]
+        for keys in state["removals"]:
+            removals.append([key.encode() for key in keys])
+            has_removals.set()
+        if meter is not None:
+            meter.carried = state["counted"]
+
+
+async def tell_streams():
+    """Descreve no log os streams vivos."""
+    for row in await list_streams():
+        log.info("stream: %s", row)
 
 
 def request_stop(stopping):
@@ -3741,17 +4003,24 @@ async def serve(given):
     # PYTHONDEVMODE o ligaria, e cada espera longa seria uma linha de log.
     loop.set_debug(False)
     loop.set_exception_handler(tell_fault)
-    link = redis_link()
-    try:
-        await link.open()
-        cautions = await link.survey()
-    except (redis.RedisError, OSError) as error:
-        status, sentence = redis_problem(error, given)
-        log.error("%s", sentence)
-        return status
+    link, state = redis_link(), read_state()
+    while True:
+        try:
+            await link.open()
+            cautions = await link.survey()
+            break
+        except (redis.RedisError, OSError) as error:
+            status, sentence = redis_problem(error, given)
+            log.error("%s", sentence)
+            if not state:
+                return status
+            # Os clientes que vieram do programa de antes esperam.
+            await asyncio.sleep(stop_patience)
     status, listeners = open_listeners(given)
     if status:
         return status
+    while kept_listeners:
+        kept_listeners.pop().close()
     for caution in cautions:
         log.warning("%s", caution)
     raise_descriptor_limit()
@@ -3760,9 +4029,15 @@ async def serve(given):
         # Quem o herdou ignorado (nohup) continua a ignorá-lo.
         if signal.getsignal(each) is not signal.SIG_IGN:
             loop.add_signal_handler(each, request_stop, stopping)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: spawn(tell_streams()))
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        loop.add_signal_handler(signal.SIGHUP, lambda: spawn(reload(listeners)))
     if METRICS_PORT:
         meter = metrics_meter()
         meter.serve(listeners[1])
+    if state:
+        take_over(state)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handled_signals)
     for duty in (keep_link, look_for_dead, cast_net, announce_again, renew_keys, remove_keys, expire_ownerless,
                  keep_systemd_informed, sweep_late):
         start_duty(duty)
@@ -3774,6 +4049,9 @@ async def serve(given):
     log.info("pronto: http://%s:%d (%s), Redis em %s", url_host(HTTP_HOST), listeners[0].getsockname()[1],
              HTTP_SERVER, REDIS_SERVER.shown)
     notify_systemd("READY=1")
+    # Guardado pelo systemd, o socket não recusa ninguém entre uma queda e o próximo início.
+    notify_systemd("FDSTOREREMOVE=1\nFDNAME=http")
+    notify_systemd("FDSTORE=1\nFDNAME=http", [listeners[0].fileno()])
     await stopping
     await stop_service(listeners[0])
     return 0
@@ -3815,8 +4093,15 @@ def main(argv):
     return asyncio.new_event_loop().run_until_complete(serve(given))
 
 
+def flush_log():
+    """Dá ao log um instante para escrever o que resta."""
+    last = threading.Thread(target=log_writer.stop, daemon=True)
+    last.start()
+    last.join(log_patience)
+
+
 def exit_process(status):
-    """Encerra o processo, depois de dar ao log um instante para escrever o que resta.
+    """Encerra o processo.
 
     As threads que restam não podem prender o fim do interpretador: tudo o que importa já
     foi enviado, apagado e registrado.
@@ -3824,9 +4109,7 @@ def exit_process(status):
     Argumentos:
         status (int): status de saída.
     """
-    last = threading.Thread(target=log_writer.stop, daemon=True)
-    last.start()
-    last.join(log_patience)
+    flush_log()
     os._exit(status)
 
 

@@ -161,7 +161,7 @@ def test_signal_ignored_at_the_start(start_proxy, name):
     assert proxy.wait() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_to_process_1(start_proxy, connect, worker, number):
     """O processo 1 de um contêiner, a quem a ação padrão dos sinais não atinge, também acaba no segundo, com 128 + n."""
     proxy = start_proxy("--drain", 60000, wrapper=support.apart("pid", "fork", "kill-child"))

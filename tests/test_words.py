@@ -59,31 +59,6 @@ def test_settings_file_has_its_own_group():
     assert "--log-level" in words and "--env-file" not in words, text
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_number_of_streams(count, start_proxy, connect, worker):
-    """A linha da parada concorda com o número de streams."""
-    proxy = start_proxy("--drain", 100)
-    if count:
-        support.open_streams(connect, proxy, worker, count)
-    proxy.signal(signal.SIGTERM)
-    assert proxy.wait() == 0
-    words = {0: "nenhum stream vivo", 1: "1 stream tem até 100 ms", 2: "2 streams têm até 100 ms"}[count]
-    assert re.search(rf"(?m)^parando: {words}", proxy.log()), proxy.log()
-
-
-@pytest.mark.parametrize("limit", [1, 2])
-def test_limit_of_streams(limit, start_proxy, connect, worker):
-    """A frase do 503 concorda com MAX_STREAMS."""
-    proxy = start_proxy("--max-streams", limit)
-    pairs = support.open_streams(connect, proxy, worker, limit)
-    refused = connect(proxy).request("POST", "/").response()
-    words = {1: "1 stream simultâneo", 2: "2 streams simultâneos"}[limit]
-    assert words in refused.json()["message"]
-    for response, task in pairs:
-        task.finish()
-        assert response.lines() == []
-
-
 class holder(support.relay):
     """Intermediário que segura o primeiro pedido com um trecho dado, e tudo o que vem depois, até ser solto."""
 

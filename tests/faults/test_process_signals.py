@@ -11,11 +11,11 @@ import harness
 import peers
 import support
 
-signals = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+signals = [signal.SIGTERM, signal.SIGINT]
 
 
 @pytest.mark.parametrize(
-    ("host", "number"), [("flask", signal.SIGINT), ("flask", signal.SIGHUP), ("waitress", signal.SIGTERM)]
+    ("host", "number"), [("flask", signal.SIGINT), ("waitress", signal.SIGTERM)]
 )
 @peers.counted(40, 200, "streams")
 def test_signal_with_live_streams(count, number, start_proxy, host, connect, worker):
