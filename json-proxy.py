@@ -52,6 +52,12 @@ Como uma linha viaja
     aviso perdido é achado por ela. Um cliente que não lê faz parar o LPOP do seu stream.
 """
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # Um arquivo vizinho não toma o lugar de um módulo.
+    del sys.path[0]
+
 import argparse
 import asyncio
 import base64
@@ -66,8 +72,8 @@ import gc
 import hmac
 import http
 import http.client
+import importlib
 import importlib.metadata
-import importlib.util
 import io
 import ipaddress
 import itertools
@@ -83,7 +89,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -98,6 +103,8 @@ def quiet_libraries():
     for name in list(os.environ):
         if name.upper().startswith(("FLASK_", "WERKZEUG_", "PROMETHEUS_", "SSLKEYLOGFILE")):
             del os.environ[name]
+    # O instante em que cada série nasceu seria outra série, que nenhum painel usa.
+    os.environ["PROMETHEUS_DISABLE_CREATED_SERIES"] = "true"
     warnings.simplefilter("ignore")
 
 
@@ -121,7 +128,8 @@ def import_problem(error):
             "no Debian: apt install python3-flask python3-redis python3-waitress python3-dotenv")
 
 
-quiet_libraries()
+if __name__ == "__main__":
+    quiet_libraries()
 try:
     import dotenv
     import dotenv.parser
@@ -142,7 +150,7 @@ except Exception as error:
     print(f"erro: {import_problem(error)}", file=sys.stderr)
     sys.exit(2)
 
-version = "1.0.0"
+version = "1.1.0"
 author = "Patrick Brandao <patrickbrandao@gmail.com>"
 program = "py-ndjson-proxy"
 
@@ -484,6 +492,8 @@ def parse_redis_address(text):
         try:
             if not re.fullmatch(url_options, name):
                 raise ValueError("só servem db, username, password e as de TLS, ssl_...")
+            if name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
+                open(value, "rb").close()
             redis.ConnectionPool.from_url(f"{bare}?{urllib.parse.urlencode({name: value})}").make_connection()
         except Exception as error:
             takes = "aceita none, optional ou required" if name == "ssl_cert_reqs" else f"não serve ({error})"
@@ -857,11 +867,14 @@ def check_combinations(given):
             f"REDIS_LIST_PREFIX: o valor {REDIS_LIST_PREFIX!r} ({given['REDIS_LIST_PREFIX'].layer}) "
             "deve ser diferente de REDIS_PREFIX, pois uma chave do Redis só tem um tipo"
         )
-    if METRICS_PORT and importlib.util.find_spec("prometheus_client") is None:
+    try:
+        if METRICS_PORT:
+            importlib.import_module("prometheus_client")
+    except Exception as error:
         raise configuration_error(
             f"METRICS_PORT: o valor {METRICS_PORT} ({given['METRICS_PORT'].layer}) pede o módulo prometheus_client, "
-            "que falta; no Debian: apt install python3-prometheus-client"
-        )
+            f"que falta ou não serve ({error}); no Debian: apt install python3-prometheus-client"
+        ) from None
     if METRICS_PORT and METRICS_PORT == HTTP_PORT and (METRICS_HOST == HTTP_HOST or HTTP_HOST in ("0.0.0.0", "::")):
         raise configuration_error(
             f"METRICS_PORT: o valor {METRICS_PORT} ({given['METRICS_PORT'].layer}) deve ser diferente de HTTP_PORT"
@@ -1008,7 +1021,7 @@ def cause_of(error):
             # As palavras deste trazem tudo o que há nas conexões, a senha inclusive.
             return "nenhuma sentinela diz quem é o mestre"
         if isinstance(cause, ssl.SSLError):
-            return f"falha de TLS ({getattr(cause, 'verify_message', None) or cause.reason or cause})"
+            return f"falha de TLS ({getattr(cause, 'verify_message', None) or getattr(cause, 'reason', None) or cause})"
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         if isinstance(cause, redis.TimeoutError | TimeoutError):
@@ -1212,7 +1225,10 @@ class redis_link:
             redis.RedisError, OSError: se o Redis não atender.
         """
         # Nomes, TCP, TLS, AUTH e SELECT esperam pela rede: não no laço.
-        await asyncio.to_thread(self.connection.connect)
+        try:
+            await asyncio.to_thread(self.connection.connect)
+        except (TypeError, ValueError) as error:
+            raise redis.DataError(f"uma opção da URL não serve: {error}") from None
         self.lost = loop.create_future()
         self.socket = redis_socket(self.connection)
         self.socket.setblocking(False)
@@ -1804,8 +1820,11 @@ class gate:
 
     limit = 0
     served = 0
-    # Se o serviço está parando; se uma recarga está em curso; se não se aceita mais ninguém; se não se tira mais nada.
-    is_closed = is_reloading = is_paused = is_still = False
+    # Se o serviço está parando; se uma recarga está em curso, e se outra foi pedida; se não se aceita mais ninguém.
+    is_closed = is_reloading = is_asked_again = is_paused = False
+    # Se as linhas podem ser tiradas do Redis.
+    is_open = asyncio.Event()
+    is_open.set()
 
 
 class refusal(Exception):
@@ -2218,9 +2237,7 @@ class stream:
         while True:
             # Uma queda pode trocar o começo: o comando é escrito de novo a cada tentativa.
             await link.up.wait()
-            if gate.is_still:
-                # Quem tira a próxima é o programa que vem.
-                await loop.create_future()
+            await gate.is_open.wait()
             if not link.take_head:
                 break
             command = b"*10\r\n" + link.take_head + pack_words(
@@ -3472,9 +3489,7 @@ class metrics_meter:
 
     def __init__(self):
         """Cria as métricas, todas em zero."""
-        # O instante em que cada série nasceu seria outra série, que nenhum painel usa.
-        os.environ["PROMETHEUS_DISABLE_CREATED_SERIES"] = "true"
-        # Importado só aqui: sem métricas, o módulo pode nem existir.
+        # Importado só se preciso: sem métricas, o módulo pode nem existir.
         import prometheus_client
 
         registry = prometheus_client.CollectorRegistry()
@@ -3634,6 +3649,8 @@ def redis_problem(error, given):
         espera conserta; 1 nos outros casos.
     """
     shown, words = REDIS_SERVER.shown, cause_of(error)
+    if isinstance(error, redis.DataError):
+        return 2, f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: {words}"
     if isinstance(error, redis.ResponseError) and re.match("(ERR )?DB index|SELECT ", words):
         return 2, (f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: "
                    f"o Redis não tem esse database ({words})")
@@ -3659,17 +3676,19 @@ async def check(given):
     global loop, link
     loop = asyncio.get_running_loop()
     show("\n".join(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})" for row in settings))
-    status, link = 0, redis_link()
+    status, _ = open_listeners(given, is_check=not read_state())
+    if 0 < HTTP_PORT < 1024:
+        show("aviso: HTTP_PORT: no serviço, uma porta abaixo de 1024 pede low-port.conf")
+    link = redis_link()
     try:
         await link.open()
         show("\n".join([f"Redis em {REDIS_SERVER.shown}: respondeu ao PING",
                         *[f"aviso: {caution}" for caution in await link.survey()]]))
+        return status
     except (redis.RedisError, OSError) as error:
-        status, sentence = redis_problem(error, given)
+        problem, sentence = redis_problem(error, given)
         show(sentence)
-    if 0 < HTTP_PORT < 1024:
-        show("aviso: HTTP_PORT: no serviço, uma porta abaixo de 1024 pede low-port.conf")
-    return max(status, open_listeners(given, is_check=True)[0])
+        return max(status, problem)
 
 
 def is_served(host, port):
@@ -3714,13 +3733,14 @@ def open_listeners(given, is_check=False):
             if is_check and error.errno == errno.EADDRINUSE and is_served(host, port):
                 show(f"{server}_PORT: a porta {port} já é atendida por um {program}")
                 continue
-            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                log.error("%s_HOST: o endereço %s %s não pode ser aberto: %s", server, host, host_layer, cause_of(error))
+            # As palavras de create_server trazem o endereço, em inglês.
+            cause = os.strerror(error.errno)
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL):
+                log.error("%s_HOST: o endereço %s %s não pode ser aberto: %s", server, host, host_layer, cause)
             else:
                 hint = "; abaixo de 1024, o serviço pede low-port.conf" if error.errno == errno.EACCES else ""
-                log.error("%s_PORT: a porta %s %s em %s não pode ser aberta: %s%s", server, port, port_layer, host,
-                          cause_of(error), hint)
-            return (2 if error.errno in (errno.EACCES, errno.EAFNOSUPPORT) else 1), []
+                log.error("%s_PORT: a porta %s %s em %s não pode ser aberta: %s%s", server, port, port_layer, host, cause, hint)
+            return (2 if error.errno in (errno.EACCES, errno.EAFNOSUPPORT, errno.EINVAL) else 1), []
     return 0, listeners
 
 
@@ -3797,22 +3817,45 @@ kept_of_stream = ("sequence", "last_line")
 kept_of_client = ("lines", "bytes", "skipped", "first_at", "sent_at")
 
 
-def try_program():
+def write_state(state):
+    """Escreve um estado para outro programa ler.
+
+    Argumentos:
+        state (dict): o que ele deve saber; os descritores nele passam a ser herdados.
+    Retorna:
+        int: o descritor em que foi escrito.
+    """
+    memory = os.memfd_create(program)
+    with open(memory, "w", encoding="utf-8", closefd=False) as file:
+        json.dump(state, file)
+    for descriptor in (memory, *state["listeners"], *[row["fd"] for row in state["streams"]]):
+        os.set_inheritable(descriptor, True)
+    return memory
+
+
+def try_program(listeners):
     """Tenta o programa em disco, com as configurações de agora e os mesmos argumentos.
 
+    Argumentos:
+        listeners (list[socket.socket]): sockets escutando, que ele não deve tentar abrir.
     Retorna:
         str: por que não serve; "" se serve.
     """
+    descriptors = [each.fileno() for each in listeners]
+    memory = write_state({"version": state_version, "listeners": descriptors, "streams": []})
     try:
         with open(__file__, encoding="utf-8") as file:
             if state_variable not in file.read():
                 return "o programa em disco, de outra versão, não sabe recebê-la: reinicie o serviço"
-        done = subprocess.run([*sys.orig_argv, "--check"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              timeout=check_timeout, check=False)
+        done = subprocess.run(
+            [*sys.orig_argv, "--check"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=check_timeout,
+            check=False, pass_fds=(memory, *descriptors), env=os.environ | {state_variable: str(memory)})
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         return str(error)
-    lines = [each for each in done.stderr.splitlines() if each.startswith("erro: ")] or done.stdout.splitlines()
-    return lines[-1].removeprefix("erro: ") if done.returncode else ""
+    finally:
+        os.close(memory)
+    told = [each for each in done.stderr.splitlines() if each.startswith("erro: ")] or (done.stdout + done.stderr).split("\n")
+    return [each for each in told if each][-1].removeprefix("erro: ") if done.returncode else ""
 
 
 async def reload(listeners):
@@ -3821,37 +3864,50 @@ async def reload(listeners):
     Argumentos:
         listeners (list[socket.socket]): sockets escutando.
     """
+    gate.is_asked_again = gate.is_reloading
     if gate.is_reloading or gate.is_closed:
         return
     gate.is_reloading = True
     notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    if problem := await asyncio.to_thread(try_program):
+    if problem := await asyncio.to_thread(try_program, listeners):
         log.error("a recarga foi recusada, e nada mudou: %s", problem)
         gate.is_reloading = False
         notify_systemd("READY=1")
+        if gate.is_asked_again:
+            await reload(listeners)
         return
     # O que já chegou é respondido, e o que ainda chega, recusado; quem se conecta agora espera pelo programa que vem.
     gate.is_paused = True
     await settle(lambda: len(arrivals))
-    await asyncio.gather(*[dismiss(each.dup(), whole_error(503)) for each in list(arrivals)], return_exceptions=True)
-    await settle(lambda: sum(each.timer is None for each in live))
+    late = [each for each, due in list(arrivals.items()) if due != math.inf and arrivals.pop(each, None)]
+    await asyncio.gather(*[dismiss(each.dup(), whole_error(503)) for each in late], return_exceptions=True)
+    deadline = loop.time() + answer_timeout
+    while (arrivals or any(each.timer is None for each in live)) and loop.time() < deadline:
+        await asyncio.sleep(0.01)
     # Daqui em diante nada se tira do Redis, e nenhum prazo vence; o que já foi tirado tem de chegar aos clientes.
-    gate.is_still = True
+    gate.is_open.clear()
     handed = [each for each in live if each.timer is not None]
     for each in handed:
         each.timer.cancel()
+    # As respostas vêm em ordem: depois da deste PING, nenhuma retirada está a caminho.
+    await redis_ping()
     await settle(unread)
     for each in handed:
         if each in live and each.client.transport.get_write_buffer_size():
             each.client.transport.abort()
     await settle(lambda: len(runners) - len(live))
-    if not gate.is_closed:
-        log.info("recarregando: streams vivos: %d", len(live))
-        try:
-            exec_program(listeners)
-        except OSError as error:
-            log.error("a recarga falhou: %s", cause_of(error))
-            exit_process(1)
+    if gate.is_closed:
+        # Um sinal de parada chegou no meio: os streams têm até DRAIN.
+        gate.is_open.set()
+        for each in live:
+            each.timer = loop.call_soon(each.tick)
+        return
+    log.info("recarregando: streams vivos: %d", len(live))
+    try:
+        exec_program(listeners)
+    except OSError as error:
+        log.error("a recarga falhou: %s", cause_of(error))
+        exit_process(1)
 
 
 def exec_program(listeners):
@@ -3874,12 +3930,7 @@ def exec_program(listeners):
             "client": {name: getattr(each.client, name) for name in kept_of_client},
         } for each in live if each.timer is not None],
     }
-    memory = os.memfd_create(program)
-    with open(memory, "w", encoding="utf-8", closefd=False) as file:
-        json.dump(state, file)
-    for descriptor in (memory, *state["listeners"], *[row["fd"] for row in state["streams"]]):
-        os.set_inheritable(descriptor, True)
-    os.environ[state_variable] = str(memory)
+    os.environ[state_variable] = str(write_state(state))
     # Um sinal que chegue antes que o programa que vem saiba tratá-lo espera por ele.
     signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals)
     flush_log()
@@ -3898,8 +3949,9 @@ def read_state():
             file.seek(0)
             state = json.load(file)
         kept += state["listeners"]
-    if os.environ.pop("LISTEN_PID", "") == str(os.getpid()):
-        kept += range(3, 3 + int(os.environ.pop("LISTEN_FDS")))
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDNAMES") == "http":
+        del os.environ["LISTEN_PID"]
+        kept.append(3)
     for descriptor in (*kept, *[row["fd"] for row in state.get("streams", ())]):
         os.set_inheritable(descriptor, False)
     kept_listeners.extend(socket.socket(fileno=descriptor) for descriptor in kept)
@@ -4014,7 +4066,9 @@ async def serve(given):
             log.error("%s", sentence)
             if not state:
                 return status
-            # Os clientes que vieram do programa de antes esperam.
+            # Os clientes que vieram do programa de antes esperam, a menos que se peça a parada.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)
+            notify_systemd("WATCHDOG=1")
             await asyncio.sleep(stop_patience)
     status, listeners = open_listeners(given)
     if status:

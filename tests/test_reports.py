@@ -232,9 +232,9 @@ def test_limit_that_cannot_be_read(start_redis, start_proxy, fetch, granted):
 
 
 modules = {
-    "vizinho_vazio": ("redis.py", "", "redis"),
-    "vizinho_flask": ("flask.py", "", "flask"),
-    "vizinho_que_falha": ("waitress.py", "raise RuntimeError('quebrado')", "waitress"),
+    "outro_vazio": ("redis.py", "", "redis"),
+    "outro_flask": ("flask.py", "", "flask"),
+    "outro_que_falha": ("waitress.py", "raise RuntimeError('quebrado')", "waitress"),
     "pacote_antigo": ("redis/__init__.py", "__version__ = '3.5.3'\n\n\nclass Redis:\n    pass\n", "redis"),
     "pacote_novo": ("werkzeug/__init__.py", "raise ImportError('cannot import name url_quote')", "werkzeug"),
     "pacote_sem_nome": ("dotenv/__init__.py", "", "dotenv"),
@@ -244,14 +244,36 @@ modules = {
 
 @pytest.mark.parametrize("name", modules)
 def test_unusable_module(tmp_path, redis_main, name):
-    """O módulo que não serve, e o arquivo de mesmo nome que tomou o lugar dele: uma frase os nomeia, e não se insiste."""
+    """O módulo que não serve, ou o que tomou o lugar dele: uma frase os nomeia, e não se insiste."""
     file, text, module = modules[name]
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
-    shutil.copy(harness.program, tmp_path)
-    done = harness.run_proxy(env=settings(redis_main), path=tmp_path / harness.program.name)
+    done = harness.run_proxy(env=settings(redis_main) | {"PYTHONPATH": str(tmp_path)})
     sentence(done, 2, module, path, "é preciso")
+
+
+def test_neighbours(tmp_path, redis_main):
+    """Um arquivo ao lado do programa, tenha o nome que tiver, não toma o lugar de um módulo."""
+    for name in ("redis.py", "flask.py", "email.py", "ssl.py", "secrets.py"):
+        (tmp_path / name).write_text("raise RuntimeError('vizinho')\n")
+    shutil.copy(harness.program, tmp_path)
+    path = tmp_path / harness.program.name
+    assert harness.run_proxy("--check", "-p", "0", env=settings(redis_main), path=path).status == 0
+
+
+def test_metrics_module_that_does_not_serve(tmp_path, redis_main):
+    """Com METRICS_PORT, o prometheus_client que falha ao ser importado é dito na hora, também por --check."""
+    (tmp_path / "prometheus_client.py").write_text("raise RuntimeError('quebrado')\n")
+    env = settings(redis_main) | {"PYTHONPATH": str(tmp_path)}
+    for words in ([], ["--check"]):
+        sentence(harness.run_proxy("--metrics-port", "1", *words, env=env), 2, "METRICS_PORT", "prometheus_client", "quebrado")
+
+
+@pytest.mark.parametrize("host", ["fe80::1", "::ffff:127.0.0.1"])
+def test_address_that_cannot_be_bound(redis_main, host):
+    """O endereço que o sistema não sabe abrir: é ele o nomeado, e não a porta."""
+    sentence(harness.run_proxy("--host", host, "-p", "0", env=settings(redis_main)), 2, "HTTP_HOST", host)
 
 
 def test_missing_module(redis_main):
@@ -463,7 +485,7 @@ def test_strangers_to_http(start_proxy, connect, host):
         ("redis_connect_func=x", ("redis_connect_func",)),
         ("socket_keepalive_options=x", ("socket_keepalive_options",)),
         ("ssl_cert_reqs=2", ("ssl_cert_reqs", "none, optional ou required")),
-        ("ssl_ca_certs=/nao/existe.pem&bar=2", ("bar",)),
+        ("ssl_ca_certs=/nao/existe.pem&bar=2", ("ssl_ca_certs",)),
         ("db=um", ("db",)),
     ],
 )
