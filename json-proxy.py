@@ -605,6 +605,8 @@ HTTP_PORT = HTTP_HOST = HTTP_SERVER = SERVERNAME = CONTENT_TYPE = AUTH_TOKEN = H
     REDIS_TTL = REDIS_WAKE = REDIS_REANNOUNCE = INTERVAL = PAUSE = MAXTIME = MAXTIME_ERROR = HEARTBEAT = \
     HEARTBEAT_LINE = DRAIN = MAX_STREAMS = MAX_BODY = REQUEST_TIMEOUT = METRICS_PORT = METRICS_HOST = LOG_LEVEL = \
     ENV_FILE = None
+# O laço, a conexão comum com o Redis, quem escreve o log, e as métricas (None, se desligadas): são de main e de serve.
+loop = link = log_writer = meter = None
 
 
 class layered(typing.NamedTuple):
@@ -1800,12 +1802,13 @@ redis_unavailable = (504, "redis_unavailable", "o Redis não respondeu; tente de
 last_chunk = b"0\r\n\r\n"
 send_buffer = 262144
 
-# Os streams que ocupam um lugar, na ordem do rodízio da rede; a chave e a lista de cada um
-# que já foi ao Redis; e as corrotinas, que o asyncio só referencia fracamente.
+# Os streams que ocupam um lugar, na ordem em que cast_net os examina.
 live = {}
+# A chave e a lista de cada stream que já foi ao Redis -> o stream.
 stream_of_key = {}
+# A corrotina de cada stream, que o asyncio só referencia fracamente -> o stream.
 runners = {}
-# Os que ninguém ouviu ainda.
+# Os streams cuja tarefa ninguém ouviu ainda.
 unheard = {}
 # Chaves de tarefas encerradas, por apagar: além do limite, a validade das chaves faz o serviço.
 removals = collections.deque(maxlen=10000)
@@ -3599,10 +3602,6 @@ stop_signals = (signal.SIGTERM, signal.SIGINT)
 handled_signals = (*stop_signals, signal.SIGHUP, signal.SIGUSR1)
 # Tempo, em segundos, que cada etapa da parada espera sem ver progresso.
 stop_patience = 1.0
-loop: asyncio.AbstractEventLoop
-link: redis_link
-log_writer: logging.handlers.QueueListener
-meter: metrics_meter | None = None
 
 
 def shown_value(row, given):
