@@ -332,11 +332,11 @@ def global_loads(code):
 def test_no_undefined_name():
     """Todo nome global lido existe no módulo, é uma configuração anotada nele, ou é do Python."""
     module = harness.load_program()
-    known = {*vars(module), *module.__annotations__, *dir(builtins)}
+    known = {*vars(module), *dir(builtins)}
     inside = {item for item in global_loads(compile(tree, str(path), "exec")) if item not in known}
     # Nomes do corpo de uma classe são lidos como globais pelo interpretador.
     local = {name for node in classes for _, name in all_names(node)}
-    assert inside - local - {"__module__", "__qualname__", "__firstlineno__", "__name__", "__classdict__"} == set()
+    assert inside - local - {"__module__", "__qualname__", "__firstlineno__", "__name__", "__classdict__", "__annotations__"} == set()
 
 
 def test_no_global_name_is_made_twice():
