@@ -20,9 +20,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 unit = "py-ndjson-proxy.service"
+blue = "py-ndjson-proxy@azul.service"
 conffile = pathlib.Path("/etc/py-ndjson-proxy.env")
 original = pathlib.Path("/root/py-ndjson-proxy.env.original")
 examples = pathlib.Path("/usr/share/doc/py-ndjson-proxy/examples")
@@ -215,6 +217,105 @@ def open_streams(count, at=port):
     answers = [ask("POST", f"/vivo/{number}", b"{}", at=at) for number in range(count)]
     expect(all(answer.status == 200 for answer in answers), "um stream não abriu")
     return answers
+
+
+@contextlib.contextmanager
+def counting(what, at=port, channel="ndjson_jobs"):
+    """Mantém três streams com uma linha numerada a cada 50 ms; na saída, cada um tem de ter todas, uma vez e em ordem."""
+    arrivals, ending = [[] for _ in range(3)], threading.Event()
+
+    def feed():
+        """Empurra as linhas até a saída; devolve a elas o fim."""
+        pushed = 0
+        while not ending.wait(0.05):
+            for _, task in tasks:
+                print("RPUSH", task["task_list"], pushed, file=hands.stdin, flush=True)
+            pushed += 1
+        for key, _ in tasks:
+            print("DEL", key, file=hands.stdin, flush=True)
+        expected.extend(range(pushed))
+
+    def read(answer, into):
+        """Lê as linhas de um stream, com o momento de cada uma."""
+        for line in answer:
+            into.append((int(line), time.monotonic()))
+
+    expected = []
+    with (
+        subprocess.Popen(
+            ["redis-cli", "-n", "1"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        ) as hands,
+        worker(channel) as hearing,
+    ):
+        answers = open_streams(3, at)
+        tasks = [hearing.next() for _ in answers]
+        threads = [threading.Thread(target=feed)]
+        threads += [threading.Thread(target=read, args=pair) for pair in zip(answers, arrivals, strict=True)]
+        for each in threads:
+            each.start()
+        try:
+            eventually(lambda: all(len(each) > 4 for each in arrivals), 5, "as linhas não chegam")
+            yield
+            at_least = [len(each) + 4 for each in arrivals]
+            eventually(
+                lambda: all(len(each) > least for each, least in zip(arrivals, at_least, strict=True)),
+                10,
+                lambda: f"as linhas pararam em {[len(each) for each in arrivals]}",
+            )
+        finally:
+            ending.set()
+            for each in threads:
+                each.join(20)
+            hands.stdin.close()
+    for each in arrivals:
+        expect([number for number, _ in each] == expected, lambda each=each: f"de {len(expected)} linhas: {each}")
+    pauses = [later - sooner for each in arrivals for (_, sooner), (_, later) in zip(each, each[1:], strict=False)]
+    measure(f"maior pausa de uma linha: {what}", f"{max(pauses):.2f} s")
+
+
+@contextlib.contextmanager
+def knocking(what, at=port):
+    """Abre vinte conexões por segundo, em /ping; na saída, todas têm de ter sido atendidas."""
+    answers, threads, ending = [], [], threading.Event()
+
+    def knock():
+        """Pede uma vez."""
+        try:
+            answers.append(ping(at))
+        except OSError as error:
+            answers.append(error)
+
+    def run_along():
+        """Pede sem esperar pelas respostas."""
+        while not ending.wait(0.05):
+            threads.append(threading.Thread(target=knock))
+            threads[-1].start()
+
+    along = threading.Thread(target=run_along)
+    along.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        along.join()
+        for each in threads:
+            each.join(30)
+    missed = [each for each in answers if each != (200, "pong")]
+    expect(not missed and len(answers) == len(threads), f"de {len(threads)} conexões: {missed}")
+    measure(f"conexões não atendidas: {what}", f"0 de {len(answers)}")
+
+
+def is_open(at=port):
+    """Diz se há quem escute na porta."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", at)) == 0
+
+
+def reload(of=unit):
+    """Recarrega e exige que o processo seja o mesmo."""
+    pid = main_pid(of)
+    run("systemctl", "reload", of)
+    expect(active(of) and main_pid(of) == pid, f"{of} não é mais o processo {pid}")
 
 
 def stop_with_streams(limit):
@@ -537,12 +638,16 @@ def killed():
 
 @step(1)
 def stopped():
-    """SIGSTOP: o watchdog traz de volta, em WatchdogSec; aqui, menos que os 30 s da unidade."""
+    """SIGSTOP depois de um reload: o watchdog traz de volta, em WatchdogSec; aqui, menos que os 30 s da unidade."""
     expect(show("WatchdogUSec") == "30s", f"WatchdogUSec={show('WatchdogUSec')}")
     drop_in("[Service]\nWatchdogSec=4\n")
     restart()
-    mark = now()
+    # A recarga não o desliga, nem ele a mata.
+    reload()
     pid = main_pid()
+    time.sleep(10)
+    expect(main_pid() == pid and show("NRestarts") == "0", "o watchdog agiu depois da recarga")
+    mark = now()
     began = time.monotonic()
     os.kill(pid, 19)
     eventually(lambda: active() and main_pid() not in (0, pid), 40, "o watchdog não agiu")
@@ -550,6 +655,94 @@ def stopped():
     expect("Watchdog timeout" in journal(mark), "o diário não diz que foi o watchdog")
     stream()
     drop_in()
+
+
+@step(1)
+def reloaded():
+    """systemctl reload: os valores novos valem, o processo é o mesmo, e nenhum cliente nota, nos dois servidores HTTP."""
+    for server in ("flask", "waitress"):
+        configure(HTTP_SERVER=server)
+        restart()
+        with knocking(f"reload ({server})"), counting(f"reload ({server})"):
+            configure(HTTP_SERVER=server, SERVERNAME="Recarregado")
+            began = time.monotonic()
+            reload()
+            measure(f"systemctl reload ({server})", f"{time.monotonic() - began:.2f} s")
+            name = ask("GET", "/ping").getheader("Server")
+            expect(name == "Recarregado", f"depois do reload, Server: {name}")
+            # O outro servidor HTTP.
+            configure(HTTP_SERVER="waitress" if server == "flask" else "flask")
+            reload()
+    with counting("reload com outra porta"):
+        configure(HTTP_PORT=8781)
+        reload()
+        expect(ping(8781) == (200, "pong") and not is_open(), "a porta não é só a nova")
+        configure()
+        reload()
+    stream()
+
+
+@step(1)
+def not_reloaded():
+    """reload recusado: com um valor errado ou o Redis fora do ar ele falha, o diário diz por quê, e nada muda."""
+    pid = main_pid()
+    with counting("reload recusado"):
+        mark = now()
+        configure(HTTP_PORT="oitenta", SERVERNAME="outro")
+        expect(status("systemctl", "reload", unit) != 0, "o reload devia falhar")
+        text = journal(mark, "-p", "err")
+        for word in ("HTTP_PORT", "'oitenta'", "/etc/py-ndjson-proxy.env", "65535"):
+            expect(word in text, f"falta {word} em: {text}")
+        # Sem passar pelo systemctl, quem recusa é o próprio programa.
+        mark = now()
+        os.kill(pid, 1)
+        eventually(lambda: "'oitenta'" in journal(mark, "-p", "err"), 10, "o programa não disse por que recusou")
+        eventually(active, 5, "o systemd ainda espera pela recarga")
+        expect(main_pid() == pid and ask("GET", "/ping").getheader("Server") == "py-ndjson-proxy", "algo mudou")
+    configure()
+    mark = now()
+    run("systemctl", "stop", "redis-server")
+    try:
+        expect(status("systemctl", "reload", unit) != 0, "o reload devia falhar sem o Redis")
+        text = journal(mark, "-p", "err")
+        expect("não atende" in text, f"o diário não diz por quê: {journal(mark)}")
+        expect(active() and main_pid() == pid, "algo mudou")
+    finally:
+        run("systemctl", "start", "redis-server")
+    eventually(lambda: ping() == (200, "pong"), 10, "/ping não voltou")
+    reload()
+    stream()
+
+
+@step(1)
+def nobody_refused():
+    """restart e kill -9 não recusam ninguém; parado, ou caído por uma configuração errada, a porta está fechada."""
+    for server in ("flask", "waitress"):
+        configure(HTTP_SERVER=server)
+        restart()
+        expect(show("NFileDescriptorStore") == "1", "o systemd não guardou o socket")
+        with knocking(f"restart ({server})"):
+            restart()
+        pid = main_pid()
+        os.kill(pid, 9)
+        eventually(lambda pid=pid: main_pid() != pid, 5, "não morreu")
+        with knocking(f"kill -9 ({server})"):
+            eventually(lambda pid=pid: active() and main_pid() not in (0, pid), 20, "não voltou")
+        reload()
+        expect(show("NFileDescriptorStore") == "1", "o socket se perdeu na recarga")
+    run("systemctl", "stop", unit)
+    expect(not is_open(), "parado, a porta está aberta")
+    configure(HTTP_PORT=8781)
+    restart()
+    expect(is_open(8781) and not is_open(), "a porta não é só a nova")
+    configure()
+    restart()
+    expect(is_open() and not is_open(8781), "a porta velha ficou aberta")
+    configure(HTTP_PORT="oitenta")
+    expect(status("systemctl", "restart", unit) != 0, "o restart devia falhar")
+    expect(not is_open(), "caído, a porta está aberta")
+    configure()
+    restart()
 
 
 @step(1)
@@ -764,6 +957,7 @@ def instances():
             REDIS_CHANNEL=f"canal_{name}",
             REDIS_PREFIX=f"{name}_task_",
             REDIS_LIST_PREFIX=f"{name}_list_",
+            METRICS_PORT=at + 1000,
         )
     run("systemctl", "enable", "--now", "py-ndjson-proxy@azul", "py-ndjson-proxy@verde")
     restart()
@@ -773,6 +967,18 @@ def instances():
     text = run("py-ndjson-proxy", "-f", f"{conffile}:/etc/py-ndjson-proxy@azul.env", "--check")
     expect("HTTP_PORT = 8781  (arquivo /etc/py-ndjson-proxy@azul.env)" in text, f"--check: {text}")
     expect(f"SERVERNAME = nome comum  (arquivo {conffile})" in text, f"--check: {text}")
+    pids = [main_pid(of) for of in (unit, blue)]
+    with counting("reload de uma instância", 8781, "canal_azul"):
+        with pathlib.Path("/etc/py-ndjson-proxy@azul.env").open("a") as file:
+            file.write("SERVERNAME=azul\n")
+        reload(blue)
+        expect(ask("GET", "/ping", at=8781).getheader("Server") == "azul", "o valor novo não vale")
+        rows = [json.loads(line) for line in ask("GET", "/streams", at=9781).read().splitlines()]
+        expect([row["path"] for row in rows] == ["/vivo/0", "/vivo/1", "/vivo/2"], f"/streams: {rows}")
+        run("sed", "-i", "$d", "/etc/py-ndjson-proxy@azul.env")
+        run("systemctl", "reload", "py-ndjson-proxy*")
+    expect(pids == [main_pid(of) for of in (unit, blue)], "o processo mudou")
+    check_instances()
     mark = now()
     run("systemctl", "start", "py-ndjson-proxy@sem-arquivo", check=False)
     text = journal(mark, of="py-ndjson-proxy@sem-arquivo.service")
@@ -808,7 +1014,7 @@ def twin_units():
 @step(2)
 def rebooted():
     """Reiniciado o sistema, o serviço e as instâncias estão no ar."""
-    for of in (unit, "py-ndjson-proxy@azul.service", "py-ndjson-proxy@verde.service"):
+    for of in (unit, blue, "py-ndjson-proxy@verde.service"):
         eventually(
             lambda of=of: active(of), 20, lambda of=of: f"{of} não subiu: {run('systemctl', 'status', of, check=False)}"
         )
@@ -818,21 +1024,44 @@ def rebooted():
 
 @step(2)
 def upgrade():
-    """upgrade com o arquivo editado: a edição fica, e cada unidade reinicia uma vez."""
-    mark = now()
+    """upgrade com streams vivos e o arquivo editado: os streams e a edição ficam, e o programa novo é o que atende."""
     before = conffile.read_text(encoding="utf-8")
-    pids = [main_pid(unit), main_pid("py-ndjson-proxy@azul.service")]
-    apt("install", upgraded)
+    pids = [main_pid(of) for of in (unit, blue)]
+    with knocking("upgrade"), counting("upgrade"), counting("upgrade da instância", 8781, "canal_azul"):
+        apt("install", upgraded)
+        expect(pids == [main_pid(of) for of in (unit, blue)], "não é o mesmo processo")
     expect(run("dpkg-query", "-W", "-f", "${Version}", "py-ndjson-proxy") == "99.0.0-1", "a versão não mudou")
+    text = ask("GET", "/metrics", at=9781).read().decode()
+    expect('version="99.0.0"' in text, "o programa ainda é o velho")
     expect(conffile.read_text(encoding="utf-8") == before, "a edição se perdeu")
     check_conffile()
     offered = pathlib.Path(f"{conffile}.dpkg-dist")
     expect("NOVO_PADRAO" in offered.read_text(encoding="utf-8"), "o novo padrão não foi deixado ao lado")
     expect(offered.stat().st_mode & 0o007 == 0, "o .dpkg-dist ficou legível por todos")
-    for of, pid in zip((unit, "py-ndjson-proxy@azul.service"), pids, strict=True):
-        expect(active(of) and main_pid(of) != pid, f"{of} não reiniciou")
-        text = journal(mark, "_PID=1", of=of)
-        expect(text.count("Started ") == 1 and show("NRestarts", of) == "0", f"{of}: {text}")
+    check_instances()
+
+
+@step(2)
+def upgrade_restarts():
+    """upgrade de um programa que não sabe recarregar, ou que recusa a recarga: reinicia uma vez."""
+    # O que o distingue é não deixar o socket com o systemd, como nenhuma versão de antes da 1.1 deixa.
+    drop_in("[Service]\nFileDescriptorStoreMax=0\n")
+    restart()
+    pids, mark = [main_pid(of) for of in (unit, blue)], now()
+    apt("install", "--reinstall", upgraded)
+    expect(active() and main_pid() != pids[0] and main_pid(blue) == pids[1], "não reiniciou, ou não só a unidade")
+    text = journal(mark, "_PID=1")
+    expect(text.count("Started ") == 1 and show("NRestarts") == "0", f"{text}")
+    drop_in("[Service]\nIPAddressDeny=192.0.2.0/24\n")
+    restart()
+    before = conffile.read_text(encoding="utf-8")
+    conffile.write_text(before + "HTTP_PORT=oitenta\n", encoding="utf-8")
+    text = apt("install", "--reinstall", upgraded)
+    expect(text.count("pede FileDescriptorStoreMax=0") == 1, f"não avisa que o filtro não valeria: {text}")
+    expect(show("ExecMainStatus") == "2", f"ExecMainStatus={show('ExecMainStatus')}")
+    conffile.write_text(before, encoding="utf-8")
+    drop_in()
+    restart()
     check_instances()
 
 
@@ -873,7 +1102,7 @@ def list_processes():
 def back_again():
     """Instalado de novo depois do remove: a edição vale, e as instâncias voltam."""
     apt("install", package)
-    expect(active() and active("py-ndjson-proxy@azul.service"), "não voltaram")
+    expect(active() and active(blue), "não voltaram")
     check_instances()
 
 
@@ -943,9 +1172,10 @@ def from_clone():
     stream()
     check_conffile()
     # De novo, por cima: o mesmo número de versão, reinstalado.
-    pid = main_pid()
+    pid, mark = main_pid(), now()
     run(f"{clone}/packaging/install", timeout=400)
-    expect(active() and main_pid() != pid, "a segunda vez não reinstalou")
+    expect(active() and main_pid() == pid, "a segunda vez reiniciou o serviço")
+    expect("recarregando" in journal(mark), "a segunda vez não reinstalou")
 
 
 @step(2)
