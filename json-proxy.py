@@ -1078,31 +1078,39 @@ take_bytes = 262144
 # da resposta, a linha não está mais na lista nem chegou aqui. Por isso o que sai
 # da lista fica guardado, com o número do pedido, até o pedido seguinte; o pedido
 # repetido recebe o guardado. Um número menor que o guardado é de um pedido que se
-# atrasou na rede e já foi repetido por outra conexão: não pode tirar nada. TYPE e
+# atrasou na rede e já foi repetido por outra conexão: não pode tirar nada. O guardado é
+# texto, pois cmsgpack falta em alguns servidores, e a falta só se veria depois do LPOP. TYPE e
 # LPOP são um só passo: o fim só é declarado quando a chave sumiu E a lista se esvaziou
 # no mesmo instante; se a chave sumiu e ainda há linhas, o tipo devolvido é "more".
 take_script = """
 local kind = redis.call('TYPE', KEYS[1]).ok
 local past = tonumber(string.match(redis.call('GETRANGE', KEYS[3], 0, 19), '^%d+')) or 0
 if past == tonumber(ARGV[1]) then
-  local kept = redis.call('GET', KEYS[3])
-  return cmsgpack.unpack(string.sub(kept, string.find(kept, ' ', 1, true) + 1))
+  local kept, lines = redis.call('GET', KEYS[3]), {}
+  local start = string.find(kept, '\\n', 1, true) + 1
+  for size in string.gmatch(string.match(kept, '^%S+ %S+([^\\n]*)'), '%d+') do
+    lines[#lines + 1] = string.sub(kept, start, start + size - 1)
+    start = start + size
+  end
+  return {string.match(kept, ' (%S+)'), lines}
 end
 if past > tonumber(ARGV[1]) then return {kind, {}} end
-local lines, size = {}, 0
+local lines, sizes, size = {}, {}, 0
 local function fill(source)
   while #lines < tonumber(ARGV[2]) and size < tonumber(ARGV[3]) do
     local line = redis.call('LPOP', source)
     if not line then break end
     size = size + #line
     lines[#lines + 1] = line
+    sizes[#sizes + 1] = #line
   end
 end
 fill(KEYS[2])
 if #lines == 0 and kind == 'list' then fill(KEYS[1]) end
 if #lines > 0 then
   if kind == 'none' and redis.call('EXISTS', KEYS[2]) == 1 then kind = 'more' end
-  redis.call('SET', KEYS[3], ARGV[1] .. ' ' .. cmsgpack.pack({kind, lines}), 'EX', ARGV[4])
+  local kept = ARGV[1] .. ' ' .. kind .. ' ' .. table.concat(sizes, ' ') .. '\\n' .. table.concat(lines)
+  redis.call('SET', KEYS[3], kept, 'EX', ARGV[4])
 end
 return {kind, lines}
 """
