@@ -974,7 +974,7 @@ def instances():
         reload(blue)
         expect(ask("GET", "/ping", at=8781).getheader("Server") == "azul", "o valor novo não vale")
         rows = [json.loads(line) for line in ask("GET", "/streams", at=9781).read().splitlines()]
-        expect([row["path"] for row in rows] == ["/vivo/0", "/vivo/1", "/vivo/2"], f"/streams: {rows}")
+        expect({row["path"] for row in rows} == {"/vivo/0", "/vivo/1", "/vivo/2"}, f"/streams: {rows}")
         run("sed", "-i", "$d", "/etc/py-ndjson-proxy@azul.env")
         run("systemctl", "reload", "py-ndjson-proxy*")
     expect(pids == [main_pid(of) for of in (unit, blue)], "o processo mudou")
