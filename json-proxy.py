@@ -3694,7 +3694,7 @@ async def check(given):
         return status
     except (redis.RedisError, OSError) as error:
         problem, sentence = redis_problem(error, given)
-        show(sentence)
+        log.error("%s", sentence)
         return max(status, problem)
 
 

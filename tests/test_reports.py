@@ -293,7 +293,7 @@ def test_database_in_a_cluster(start_redis):
     server = start_redis(*clustered())
     sentence(harness.run_proxy(env=settings(server)), 2, "REDIS_SERVER", "cluster")
     done = harness.run_proxy("--check", env=settings(server))
-    assert done.status == 2 and "SELECT is not allowed in cluster mode" in done.out, done
+    assert done.status == 2 and "SELECT is not allowed in cluster mode" in done.err, done
 
 
 def test_low_port(start_redis, tmp_path):
@@ -360,7 +360,7 @@ def test_protected_mode(stack, tmp_path):
     for _ in range(3):
         sentence(harness.run_proxy(env=env, wrapper=wrapper), 1, "REDIS_SERVER", "Redis is running in protected mode")
         done = harness.run_proxy("--check", env=env, wrapper=wrapper)
-        assert done.status == 1 and "Redis is running in protected mode" in done.out, done
+        assert done.status == 1 and "Redis is running in protected mode" in done.err, done
 
 
 # -- linha 10: o Redis que apagaria tarefas -------------------------------------------------------------------
