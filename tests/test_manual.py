@@ -55,7 +55,7 @@ capitals = {
     *("HTTP", "NDJSON", "JSON", "URL", "TCP", "CORS", "ASCII", "TLS", "UUID", "UTF", "ACL", "README", "HOME"),
     *("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "SUBSCRIBE", "SET", "RPUSH", "LPUSH", "BLPOP", "LREM", "DEL"),
     *("INFO", "PUBLISH", "LXC", "FILES", "ARQUIVOS"),
-    *("CLIENT", "TRACKING", "EXPIRE", "SIGTERM", "SIGINT", "SIGHUP", "EOF", "EOL", "END", "NAME", "NOME"),
+    *("CLIENT", "TRACKING", "EXPIRE", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "EOF", "EOL", "END", "NAME", "NOME"),
     *("OPÇÕES", "EXAMPLES", "EXEMPLOS", "NOTIFY_SOCKET", "JOURNAL_STREAM"),
 }
 
