@@ -511,16 +511,17 @@ class proxy_process(background):
             self.wait_ready(timeout)
         return self
 
-    def wait_ready(self, timeout=15.0):
+    def wait_ready(self, timeout=15.0, since=0):
         """Espera a linha `pronto:` e guarda endereço, porta e hospedeiro.
 
         Argumentos:
             timeout: prazo em segundos.
+            since: quantas letras do log não contam.
         """
 
         def look():
             """Devolve a linha `pronto:` já escrita, ou None; falha se o processo saiu."""
-            found = ready_line.search(self.log())
+            found = ready_line.search(self.log(), since)
             if not found and not self.alive():
                 raise AssertionError(f"o proxy saiu com {self.process.returncode}:\n{self.log()}")
             return found
@@ -529,6 +530,44 @@ class proxy_process(background):
         self.address = found["host"]
         self.port = int(found["port"])
         self.server = found["server"]
+
+    def ask_reload(self, settings=None):
+        """Pede uma recarga (SIGHUP), sem esperar por ela.
+
+        Argumentos:
+            settings: novo conteúdo de ENV_FILE; None, o mesmo.
+
+        Retorno:
+            Quantas letras o log tinha antes.
+        """
+        if settings is not None:
+            pathlib.Path(self.env["ENV_FILE"]).write_text(settings, encoding="utf-8")
+        seen = len(self.log())
+        self.signal(signal.SIGHUP)
+        return seen
+
+    def reload(self, settings=None):
+        """Recarrega e espera a linha `pronto:` do programa novo.
+
+        Argumentos:
+            settings: novo conteúdo de ENV_FILE; None, o mesmo.
+        """
+        self.wait_ready(since=self.ask_reload(settings))
+
+    def refuse_reload(self, settings=None):
+        """Pede uma recarga que deve ser recusada.
+
+        Argumentos:
+            settings: novo conteúdo de ENV_FILE; None, o mesmo.
+
+        Retorno:
+            A causa, como está no log.
+        """
+        seen = self.ask_reload(settings)
+        wanted = re.compile(r"^erro: a recarga foi recusada, e nada mudou: (.+)$", re.MULTILINE)
+        found = eventually(lambda: wanted.search(self.log(), seen), 15, "recarga recusada")
+        assert self.alive() and "pronto:" not in self.log()[seen:], self.log()
+        return found[1]
 
     def sockets(self):
         """Conta os soquetes abertos pelo proxy (int)."""

@@ -282,8 +282,8 @@ class relay(threading.Thread):
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(self.bell, selectors.EVENT_READ)
         self.needle, self.left, self.ran, self.cuts = b"", 0, True, 0
-        self.junk, self.swapped = b"", None
-        self.doomed = set()
+        self.junk, self.swapped, self.quiet = b"", None, b""
+        self.doomed, self.muted = set(), set()
         self.start()
 
     @property
@@ -309,6 +309,10 @@ class relay(threading.Thread):
             new: bytes do que fica no lugar.
         """
         self.swapped = (re.compile(pattern), new)
+
+    def mute(self, needle):
+        """Emudece daqui em diante cada conexão que fizer um pedido. Argumentos: needle, bytes dele; vazio, nenhuma mais."""
+        self.quiet = needle
 
     def inject(self, junk):
         """Manda agora ao proxy, por todas as conexões, o que o Redis não mandou.
@@ -370,6 +374,10 @@ class relay(threading.Thread):
             data = pattern.sub(new, data)
             if not data:
                 return
+        if is_request and self.quiet and self.quiet in data:
+            self.muted.add(other)
+        if data and not is_request and sock in self.muted:
+            return
         if is_request and self.left and self.needle in data:
             self.left -= 1
             self.cuts += 1
@@ -384,6 +392,7 @@ class relay(threading.Thread):
                 time.sleep(0.05 if step < len(data) else 0)
         if not data:
             self.doomed -= {sock, other}
+            self.muted -= {sock, other}
             for each in (sock, other):
                 self.selector.unregister(each)
                 each.close()
@@ -452,7 +461,10 @@ class slow_link(threading.Thread):
 
 
 class supervisor(threading.Thread):
-    """O systemd: recebe o que o proxy lhe notifica. rows é a lista de (instante, texto)."""
+    """O systemd: recebe o que o proxy lhe notifica e guarda os descritores.
+
+    rows é a lista de (instante, texto); kept, a dos sockets guardados.
+    """
 
     def __init__(self):
         """Começa a ouvir; env é o ambiente que aponta para cá."""
@@ -461,13 +473,29 @@ class supervisor(threading.Thread):
         name = f"prova-{uuid.uuid4().hex}"
         self.socket.bind(f"\0{name}")
         self.env = {"NOTIFY_SOCKET": f"@{name}"}
-        self.rows = []
+        self.rows, self.kept = [], []
         self.start()
 
     def run(self):
-        """Guarda as notificações até close."""
-        while text := self.socket.recv(65536):
+        """Guarda as notificações e os descritores até close."""
+        while True:
+            text, descriptors, _, _ = socket.recv_fds(self.socket, 65536, 4)
+            if not text:
+                return
+            if b"FDSTOREREMOVE=1" in text:
+                self.drop()
+            self.kept += [socket.socket(fileno=each) for each in descriptors]
             self.rows.append((time.monotonic(), text.decode()))
+
+    def drop(self):
+        """Fecha os sockets guardados."""
+        while self.kept:
+            self.kept.pop().close()
+
+    def states(self, since=0):
+        """Lista os estados notificados. Argumentos: since, quantas notificações não contam. Retorno: lista de str."""
+        words = ("READY=1", "RELOADING=1", "STOPPING=1")
+        return [word for _, text in self.rows[since:] for word in words if word in text.split("\n")]
 
     def gaps(self, since):
         """Lista os intervalos, em segundos, entre os WATCHDOG=1 vindos desde um instante, o primeiro e o de agora inclusive.
@@ -488,3 +516,4 @@ class supervisor(threading.Thread):
         self.join(10)
         assert not self.is_alive()
         self.socket.close()
+        self.drop()
