@@ -3861,8 +3861,8 @@ def try_program(listeners):
         return str(error)
     finally:
         os.close(memory)
-    told = [each for each in done.stderr.splitlines() if each.startswith("erro: ")] or (done.stdout + done.stderr).split("\n")
-    return [each for each in told if each][-1].removeprefix("erro: ") if done.returncode else ""
+    told = re.findall("(?m)^erro: (.+)", done.stderr) or done.stderr.splitlines() or [f"saiu com {done.returncode}"]
+    return told[-1] if done.returncode else ""
 
 
 async def reload(listeners):
@@ -3902,7 +3902,8 @@ async def reload(listeners):
     for each in handed:
         if each in live and each.client.transport.get_write_buffer_size():
             each.client.transport.abort()
-    await settle(lambda: len(runners) - len(live))
+            each.end(ended_client)
+    await settle(lambda: sum(each.reason is not None for each in runners.values()))
     if gate.is_closed:
         # Um sinal de parada chegou no meio: os streams têm até DRAIN.
         gate.is_open.set()
@@ -3935,7 +3936,7 @@ def exec_program(listeners):
             "task": {name: getattr(each.task, name) for name in kept_of_task},
             "stream": {name: getattr(each, name) for name in kept_of_stream},
             "client": {name: getattr(each.client, name) for name in kept_of_client},
-        } for each in live if each.timer is not None],
+        } for each in live if each.timer is not None and each.reason is None],
     }
     os.environ[state_variable] = str(write_state(state))
     # Um sinal que chegue antes que o programa que vem saiba tratá-lo espera por ele.
