@@ -312,10 +312,12 @@ def is_open(at=port):
 
 
 def reload(of=unit):
-    """Recarrega e exige que o processo seja o mesmo."""
-    pid = main_pid(of)
+    """Recarrega, espera que o programa novo atenda e exige que o processo seja o mesmo."""
+    pid, mark = main_pid(of), now()
     run("systemctl", "reload", of)
-    expect(active(of) and main_pid(of) == pid, f"{of} não é mais o processo {pid}")
+    # O systemctl não espera pelo fim da recarga.
+    eventually(lambda: "pronto: " in journal(mark, of=of) and active(of), 10, f"{of} não recarregou")
+    expect(main_pid(of) == pid, f"{of} não é mais o processo {pid}")
 
 
 def stop_with_streams(limit):
@@ -729,7 +731,7 @@ def nobody_refused():
         with knocking(f"kill -9 ({server})"):
             eventually(lambda pid=pid: active() and main_pid() not in (0, pid), 20, "não voltou")
         reload()
-        expect(show("NFileDescriptorStore") == "1", "o socket se perdeu na recarga")
+        eventually(lambda: show("NFileDescriptorStore") == "1", 5, "o socket se perdeu na recarga")
     run("systemctl", "stop", unit)
     expect(not is_open(), "parado, a porta está aberta")
     configure(HTTP_PORT=8781)
@@ -977,6 +979,9 @@ def instances():
         expect({row["path"] for row in rows} == {"/vivo/0", "/vivo/1", "/vivo/2"}, f"/streams: {rows}")
         run("sed", "-i", "$d", "/etc/py-ndjson-proxy@azul.env")
         run("systemctl", "reload", "py-ndjson-proxy*")
+        eventually(
+            lambda: ask("GET", "/ping", at=8781).getheader("Server") == "nome comum", 10, "nem todas recarregaram"
+        )
     expect(pids == [main_pid(of) for of in (unit, blue)], "o processo mudou")
     check_instances()
     mark = now()
@@ -1026,9 +1031,11 @@ def rebooted():
 def upgrade():
     """upgrade com streams vivos e o arquivo editado: os streams e a edição ficam, e o programa novo é o que atende."""
     before = conffile.read_text(encoding="utf-8")
-    pids = [main_pid(of) for of in (unit, blue)]
+    pids, mark = [main_pid(of) for of in (unit, blue)], now()
     with knocking("upgrade"), counting("upgrade"), counting("upgrade da instância", 8781, "canal_azul"):
         apt("install", upgraded)
+        for of in (unit, blue):
+            eventually(lambda of=of: "pronto: " in journal(mark, of=of), 10, f"{of} não recarregou")
         expect(pids == [main_pid(of) for of in (unit, blue)], "não é o mesmo processo")
     expect(run("dpkg-query", "-W", "-f", "${Version}", "py-ndjson-proxy") == "99.0.0-1", "a versão não mudou")
     text = ask("GET", "/metrics", at=9781).read().decode()
@@ -1174,8 +1181,8 @@ def from_clone():
     # De novo, por cima: o mesmo número de versão, reinstalado.
     pid, mark = main_pid(), now()
     run(f"{clone}/packaging/install", timeout=400)
-    expect(active() and main_pid() == pid, "a segunda vez reiniciou o serviço")
-    expect("recarregando" in journal(mark), "a segunda vez não reinstalou")
+    eventually(lambda: "pronto: " in journal(mark), 10, "a segunda vez não recarregou")
+    expect(main_pid() == pid, "a segunda vez reiniciou o serviço")
 
 
 @step(2)
