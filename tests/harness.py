@@ -232,8 +232,11 @@ def marked_processes():
 class background:
     """Um processo das provas, com a saída em arquivos de uma pasta própria.
 
-    A saída vai para arquivos e não para canos: nada enche, nada bloqueia, e a prova lê quando quiser.
+    A saída vai para arquivos e não para canos: nada enche, nada bloqueia, e a prova lê quando quiser. inherited são os
+    descritores que ele herda.
     """
+
+    inherited = ()
 
     def __init__(self, folder, name):
         """Prepara o processo, sem iniciá-lo.
@@ -256,7 +259,7 @@ class background:
         """
         with open(self.folder / "stdout", "ab") as out, open(self.folder / "stderr", "ab") as err:
             self.process = subprocess.Popen(
-                command, env=env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+                command, env=env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=err, pass_fds=self.inherited
             )
 
     @property

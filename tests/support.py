@@ -8,6 +8,7 @@ import re
 import selectors
 import socket
 import struct
+import sys
 import threading
 import time
 import uuid
@@ -160,6 +161,29 @@ def with_files(files):
         'while [ "$1" != -- ]; do mount --bind "$1" "$2"; shift 2; done; shift; exec "$@"'
     )
     return [*apart("mount", "propagation=unchanged"), "sh", "-ec", script, "sh", *pairs, "--"]
+
+
+def given_listener(monkeypatch, listener):
+    """Faz dos próximos processos herdeiros de um socket que escuta, e monta o comando que o dá como o systemd o dá.
+
+    Argumentos:
+        monkeypatch: o acessório de mesmo nome.
+        listener: o socket (socket.socket), que fica aberto aqui.
+
+    Retorno:
+        O wrapper de start_proxy (tupla).
+    """
+    number = listener.fileno()
+    monkeypatch.setattr(harness.background, "inherited", (number,))
+    script = f"""
+import os, sys
+if {number} != 3:
+    os.dup2({number}, 3)
+    os.close({number})
+os.environ |= {{"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": "http"}}
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+    return (sys.executable, "-c", script)
 
 
 def stamped_lines(response, timeout=20.0):

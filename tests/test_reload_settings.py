@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -289,32 +288,15 @@ def test_supervisor_sees_it(supervisor, start_proxy, connect, worker):
     end(pairs)
 
 
-def given_listener(listener):
-    """Monta o comando que parte com um socket, como o systemd o dá. Argumentos: listener, que é herdado. Retorno: lista."""
-    listener.set_inheritable(True)
-    number = listener.fileno()
-    script = f"""
-import os, sys
-if {number} != 3:
-    os.dup2({number}, 3)
-    os.close({number})
-os.environ |= {{"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": "http"}}
-os.execvp(sys.argv[1], sys.argv[1:])
-"""
-    return (sys.executable, "-c", script)
-
-
 @pytest.mark.parametrize("same", [True, False])
 def test_kept_listener_is_taken_back(start_proxy, host, connect, worker, redis_main, stack, monkeypatch, same):
     """O socket guardado volta pelo LISTEN_FDS e serve quem já esperava nele; se o endereço mudou, é fechado."""
-    monkeypatch.setattr(harness.subprocess, "Popen", lambda *args, _real=harness.subprocess.Popen, **options: _real(
-        *args, **options, close_fds=False))
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
     port = listener.getsockname()[1]
     early = connect(port).request("GET", "/ping")
     wanted = port if same else harness.free_port()
     settings = f"HTTP_PORT={wanted}\nREDIS_SERVER={redis_main.address}\n"
-    proxy = start_proxy(env_file=settings, wrapper=(*from_file, *given_listener(listener)))
+    proxy = start_proxy(env_file=settings, wrapper=(*from_file, *support.given_listener(monkeypatch, listener)))
     listener.close()
     assert proxy.port == wanted
     if same:
