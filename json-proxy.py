@@ -43,8 +43,9 @@ Quem é dono do quê
 
     Um socket tem um dono de cada vez, e só muda de dono em hand_over; antes dela o laço só o
     toca para acabar com uma requisição recusada (dismiss, sweep_late). Por isso não há trava
-    nem fila por stream. Um stream é uma corrotina: relay é o laço da especificação, e o `finally` de run é o único fim, venha
-    ele de onde vier.
+    nem fila por stream. Um stream é uma corrotina: relay é o laço da especificação, e o
+    `finally` de run é o único fim, venha ele de onde vier. Na recarga (SIGHUP) o programa é
+    trocado sem trocar o processo: os sockets ficam, e o estado vai em um memfd.
 
 Como uma linha viaja
     O Redis avisa, pela conexão comum (link), qual chave mudou; o aviso acorda o
@@ -281,12 +282,8 @@ def parse_switch(text):
     Levanta:
         ValueError: se a palavra não for conhecida.
     """
-    words = {"on": True, "1": True, "true": True, "yes": True, "sim": True}
-    words |= {"off": False, "0": False, "false": False, "no": False, "não": False}
-    try:
-        return words[text.strip().lower()]
-    except KeyError:
-        raise ValueError(text) from None
+    # As que ligam vêm primeiro; index levanta ValueError.
+    return ("on", "1", "true", "yes", "sim", "off", "0", "false", "no", "não").index(text.strip().lower()) < 5
 
 
 def parse_line(text):
@@ -605,8 +602,12 @@ HTTP_PORT = HTTP_HOST = HTTP_SERVER = SERVERNAME = CONTENT_TYPE = AUTH_TOKEN = H
     REDIS_TTL = REDIS_WAKE = REDIS_REANNOUNCE = INTERVAL = PAUSE = MAXTIME = MAXTIME_ERROR = HEARTBEAT = \
     HEARTBEAT_LINE = DRAIN = MAX_STREAMS = MAX_BODY = REQUEST_TIMEOUT = METRICS_PORT = METRICS_HOST = LOG_LEVEL = \
     ENV_FILE = None
-# O laço, a conexão comum com o Redis, quem escreve o log, e as métricas (None, se desligadas): são de main e de serve.
+# O laço, a conexão comum com o Redis, quem escreve o log, e as métricas (None, se desligadas): são de main, serve e check.
 loop = link = log_writer = meter = None
+
+
+# Os arquivos de ENV_FILE que o programa de antes da recarga já conferiu: caminho -> texto.
+kept_files = {}
 
 
 class layered(typing.NamedTuple):
@@ -614,21 +615,6 @@ class layered(typing.NamedTuple):
 
     text: str
     layer: str
-
-
-class help_formatter(argparse.HelpFormatter):
-    """Ajuda do argparse com os títulos em português."""
-
-    def add_usage(self, usage, actions, groups, prefix="uso: "):
-        """Escreve a linha de uso.
-
-        Argumentos:
-            usage (str): texto de uso.
-            actions (list): ações do argparse.
-            groups (list): grupos do argparse.
-            prefix (str): título da linha.
-        """
-        super().add_usage(usage, actions, groups, prefix)
 
 
 def build_parser():
@@ -640,7 +626,7 @@ def build_parser():
     """
     parser = argparse.ArgumentParser(
         prog=program, usage=f"{program} [opções]", add_help=False, allow_abbrev=False,
-        exit_on_error=False, argument_default=argparse.SUPPRESS, formatter_class=help_formatter,
+        exit_on_error=False, argument_default=argparse.SUPPRESS,
         description="Middleware HTTP que entrega como NDJSON as partes que um worker empurra no Redis.",
         epilog="Ordem de força: padrão < arquivo ENV_FILE < variável de ambiente < argumento.",
     )
@@ -715,8 +701,10 @@ def read_env_file(path, required):
         configuration_error: arquivo ilegível, fora de UTF-8 ou com linha inválida.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read()
+        text = kept_files.get(path)
+        if text is None:
+            with open(path, encoding="utf-8-sig") as file:
+                text = file.read()
     except FileNotFoundError:
         if not required:
             return {}
@@ -776,18 +764,6 @@ def parse_setting(row, given):
         raise configuration_error(
             f"{row.name}: {shown} ({given.layer}) não é válido; {reason or f'é permitido {row.kind.allowed}'}"
         ) from None
-
-
-def secret_arguments(arguments):
-    """Acha os segredos dados na linha de comando.
-
-    Argumentos:
-        arguments (dict): nome da configuração -> texto, como em read_arguments.
-    Retorna:
-        list[setting]: linhas da tabela; a de REDIS_SERVER se a URL traz uma senha.
-    """
-    given = [row for row in settings if arguments.get(row.name)]
-    return [row for row in given if row.secret or (row.name == "REDIS_SERVER" and has_password(arguments[row.name]))]
 
 
 def has_password(address):
@@ -851,7 +827,8 @@ def load_settings(argv, environ):
             cautions.append(f"{row.name}: o valor ({layer}) começa e termina com aspas, que fazem parte dele")
     cautions += [
         f"{row.name}: o argumento {row.flags[-1]} deixa o segredo à vista na lista de processos; "
-        f"o lugar dele é o arquivo {paths[-1]}" for row in secret_arguments(arguments)
+        f"o lugar dele é o arquivo {paths[-1]}" for row in settings if arguments.get(row.name)
+        and (row.secret or (row.name == "REDIS_SERVER" and has_password(arguments[row.name])))
     ]
     return actions, given, cautions
 
@@ -1791,13 +1768,8 @@ class task:
 # =============================================================================
 
 # Motivos do fim de um streaming, como aparecem no log.
-ended_done = "concluida"
-ended_word = "eof"
-ended_timeout = "timeout"
-ended_client = "cliente"
-ended_shutdown = "shutdown"
-ended_error = "erro"
-end_reasons = (ended_done, ended_word, ended_timeout, ended_client, ended_shutdown, ended_error)
+end_reasons = ("concluida", "eof", "timeout", "cliente", "shutdown", "erro")
+ended_done, ended_word, ended_timeout, ended_client, ended_shutdown, ended_error = end_reasons
 
 # Tempo máximo, em segundos, de um cliente que não lê nada do que lhe foi enviado.
 client_timeout = 60.0
@@ -1831,11 +1803,15 @@ class gate:
 
     limit = 0
     served = 0
-    # Se o serviço está parando; se uma recarga está em curso, e se outra foi pedida; se não se aceita mais ninguém.
-    is_closed = is_reloading = is_asked_again = is_paused = False
-    # Se as linhas podem ser tiradas do Redis.
-    is_open = asyncio.Event()
-    is_open.set()
+    # O serviço está parando.
+    is_closed = False
+    # Uma recarga está em curso, e foi pedida outra vez.
+    is_reloading = is_asked_again = False
+    # Não se aceita mais ninguém, e não há volta.
+    is_paused = False
+    # As linhas podem ser tiradas do Redis.
+    may_take = asyncio.Event()
+    may_take.set()
 
 
 class refusal(Exception):
@@ -2001,7 +1977,7 @@ class stream:
         self.sequence = 1
         # O Redis avisou depois da última retirada; o futuro que o aviso acorda.
         self.is_noticed, self.waiter = False, None
-        # O próximo prazo, se MAXTIME já se esgotou, e de quando ele conta.
+        # O próximo prazo (None até que o socket seja do laço), se MAXTIME já se esgotou, e de quando ele conta.
         self.timer, self.is_late, self.last_line = None, False, asked.started
 
     # -- chamados no laço, por quem submete, entrega, avisa ou encerra ---------
@@ -2248,7 +2224,7 @@ class stream:
         while True:
             # Uma queda pode trocar o começo: o comando é escrito de novo a cada tentativa.
             await link.up.wait()
-            await gate.is_open.wait()
+            await gate.may_take.wait()
             if not link.take_head:
                 break
             command = b"*10\r\n" + link.take_head + pack_words(
@@ -2693,16 +2669,9 @@ def cors_headers(origin):
     """
     if not CORS_ORIGIN:
         return []
-    if "*" in CORS_ORIGIN:
-        allowed = "*"
-    elif origin and origin.lower() in CORS_ORIGIN:
-        allowed = origin
-    else:
-        return [("Vary", "Origin")]
-    return [
-        ("Access-Control-Allow-Origin", allowed), ("Vary", "Origin"),
-        ("Access-Control-Expose-Headers", "X-Task-Name"),
-    ]
+    allowed = "*" if "*" in CORS_ORIGIN else origin if (origin or "").lower() in CORS_ORIGIN else None
+    granted = [("Access-Control-Allow-Origin", allowed), ("Access-Control-Expose-Headers", "X-Task-Name")]
+    return [("Vary", "Origin"), *granted] if allowed else [("Vary", "Origin")]
 
 
 def error_parts(status, code=None, message=None):
@@ -2839,7 +2808,7 @@ def read_body(request):
         late = werkzeug.exceptions.RequestTimeout()
         raise werkzeug.exceptions.BadRequest() if connection in arrivals else late from error
     # Quem a varredura já tirou daqui não chegou a tempo.
-    if arrivals.pop(connection, None) is None:
+    if connection not in arrivals:
         raise werkzeug.exceptions.RequestTimeout()
     arrivals[connection] = math.inf
     return b"".join(parts)
@@ -3032,7 +3001,7 @@ def accept_patiently(accept, pause):
 
     Argumentos:
         accept (callable): o método do servidor.
-        pause (callable): o que faz o servidor não aceitar mais nenhuma.
+        pause (callable): o que faz o servidor não aceitar mais nenhuma; no do Flask, a thread dorme para sempre.
     Retorna:
         tuple: (socket, endereço do cliente); None se não há nenhuma.
     Levanta:
@@ -3656,11 +3625,10 @@ def redis_problem(error, given):
         espera conserta; 1 nos outros casos.
     """
     shown, words = REDIS_SERVER.shown, cause_of(error)
-    if isinstance(error, redis.DataError):
-        return 2, f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: {words}"
-    if isinstance(error, redis.ResponseError) and re.match("(ERR )?DB index|SELECT ", words):
-        return 2, (f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: "
-                   f"o Redis não tem esse database ({words})")
+    is_absent = isinstance(error, redis.ResponseError) and re.match("(ERR )?DB index|SELECT ", words)
+    if is_absent or isinstance(error, redis.DataError):
+        why = f"o Redis não tem esse database ({words})" if is_absent else words
+        return 2, f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: {why}"
     if isinstance(error, redis.AuthenticationError) or words.startswith(("NOAUTH", "WRONGPASS")):
         name = "REDIS_SERVER" if has_password(given["REDIS_SERVER"].text) else "REDIS_PASSWORD"
         return 1, f"{name}: o Redis em {shown} recusou a senha ({given[name].layer}): {words}"
@@ -3670,11 +3638,12 @@ def redis_problem(error, given):
     return 1, f"REDIS_SERVER: o Redis em {shown} {verb}: {words}"
 
 
-async def check(given):
+async def check(given, state):
     """Mostra as configurações e tenta o que o início tentaria: o Redis e as portas (--check).
 
     Argumentos:
         given (dict): texto e camada de cada configuração.
+        state (dict): o de read_state, se é uma recarga que pergunta.
     Retorna:
         int: 0 se tudo serve; 1 se o Redis ou uma porta não atende; 2 se nenhuma espera o consertaria.
     Levanta:
@@ -3683,7 +3652,7 @@ async def check(given):
     global loop, link
     loop = asyncio.get_running_loop()
     show("\n".join(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})" for row in settings))
-    status, _ = open_listeners(given, is_check=not read_state())
+    status, _ = open_listeners(given, is_check=not state)
     if 0 < HTTP_PORT < 1024:
         show("aviso: HTTP_PORT: no serviço, uma porta abaixo de 1024 pede low-port.conf")
     link = redis_link()
@@ -3742,26 +3711,27 @@ def open_listeners(given, is_check=False):
                 continue
             # As palavras de create_server trazem o endereço, em inglês.
             cause = os.strerror(error.errno)
+            hint = "; abaixo de 1024, o serviço pede low-port.conf" if error.errno == errno.EACCES else ""
             if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL):
                 log.error("%s_HOST: o endereço %s %s não pode ser aberto: %s", server, host, host_layer, cause)
             else:
-                hint = "; abaixo de 1024, o serviço pede low-port.conf" if error.errno == errno.EACCES else ""
                 log.error("%s_PORT: a porta %s %s em %s não pode ser aberta: %s%s", server, port, port_layer, host, cause, hint)
             return (2 if error.errno in (errno.EACCES, errno.EAFNOSUPPORT, errno.EINVAL) else 1), []
     return 0, listeners
 
 
-async def settle(count):
+async def settle(count, limit=math.inf):
     """Espera uma contagem chegar a zero, enquanto ela diminui.
 
     Milhares de streams levam segundos para receber a última linha; um cliente que
-    não lê nunca a recebe, e não pode segurar a parada.
+    não lê nunca a recebe, e não pode segurar a parada nem a recarga.
 
     Argumentos:
         count (callable): devolve a contagem.
+        limit (float): tempo máximo, em segundos, mesmo que ela diminua.
     """
-    left, deadline = count(), loop.time() + stop_patience
-    while left and loop.time() < deadline:
+    left, deadline, end = count(), loop.time() + stop_patience, loop.time() + limit
+    while left and loop.time() < min(deadline, end):
         await asyncio.sleep(0.01)
         now = count()
         if now < left:
@@ -3795,7 +3765,6 @@ async def stop_service(listener):
     """
     # O prazo do systemd acompanha DRAIN, seja qual for o TimeoutStopSec da unidade.
     notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(DRAIN + 10000) * 1000}")
-    gate.is_closed = True
     if "NOTIFY_SOCKET" in os.environ:
         # O systemd guarda este socket: quem chega espera pelo próximo início, ou é recusado se não houver um.
         gate.is_paused = True
@@ -3818,10 +3787,6 @@ async def stop_service(listener):
 state_variable = "NDJSON_PROXY_STATE"
 state_version = 1
 check_timeout = 30.0
-# O que um stream leva consigo.
-kept_of_task = ("name", "address", "method", "path", "started", "is_chunked")
-kept_of_stream = ("sequence", "last_line")
-kept_of_client = ("lines", "bytes", "skipped", "first_at", "sent_at")
 
 
 def write_state(state):
@@ -3840,108 +3805,154 @@ def write_state(state):
     return memory
 
 
-def try_program(listeners):
+def try_program(listeners, files):
     """Tenta o programa em disco, com as configurações de agora e os mesmos argumentos.
 
     Argumentos:
         listeners (list[socket.socket]): sockets escutando, que ele não deve tentar abrir.
+        files (dict): caminho -> texto dos arquivos de ENV_FILE: o que se confere é o que será usado.
     Retorna:
         str: por que não serve; "" se serve.
     """
     descriptors = [each.fileno() for each in listeners]
-    memory = write_state({"version": state_version, "listeners": descriptors, "streams": []})
     try:
         with open(__file__, encoding="utf-8") as file:
-            if state_variable not in file.read():
-                return "o programa em disco, de outra versão, não sabe recebê-la: reinicie o serviço"
-        done = subprocess.run(
-            [*sys.orig_argv, "--check"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=check_timeout,
-            check=False, pass_fds=(memory, *descriptors), env=os.environ | {state_variable: str(memory)})
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    finally:
-        os.close(memory)
+            is_able = state_variable in file.read()
+        memory = write_state({"version": state_version, "listeners": descriptors, "streams": [], "files": files})
+        try:
+            done = subprocess.run(
+                [sys.executable, *sys.orig_argv[1:], "--check"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                timeout=check_timeout, check=False, pass_fds=(memory, *descriptors),
+                env=os.environ | {state_variable: str(memory)})
+        finally:
+            os.close(memory)
+    except subprocess.TimeoutExpired:
+        # As palavras desta trazem o comando, e nele pode haver um segredo.
+        return f"o --check não acabou em {check_timeout:g} s"
+    except (OSError, ValueError) as error:
+        return cause_of(error)
     told = re.findall("(?m)^erro: (.+)", done.stderr) or done.stderr.splitlines() or [f"saiu com {done.returncode}"]
-    return told[-1] if done.returncode else ""
+    if done.returncode:
+        return told[-1]
+    return "" if is_able else "o programa em disco não sabe continuar os streams deste: reinicie o serviço"
 
 
 async def reload(listeners):
-    """Recomeça com o programa e as configurações que estão em disco, sem que nenhum cliente o note.
+    """Recomeça com o programa e as configurações que estão em disco, sem que um cliente que lê o note.
 
     Argumentos:
         listeners (list[socket.socket]): sockets escutando.
     """
-    gate.is_asked_again = gate.is_reloading
+    gate.is_asked_again = True
     if gate.is_reloading or gate.is_closed:
         return
     gate.is_reloading = True
     notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    if problem := await asyncio.to_thread(try_program, listeners):
+    while gate.is_asked_again:
+        gate.is_asked_again, files = False, {}
+        for path in ENV_FILE.split(":"):
+            # O que não puder ser lido é dito por --check.
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8-sig") as file:
+                files[path] = file.read()
+        try:
+            problem = await asyncio.to_thread(try_program, listeners, files)
+        except RuntimeError as error:
+            problem = str(error)
+    if problem:
         log.error("a recarga foi recusada, e nada mudou: %s", problem)
         gate.is_reloading = False
         notify_systemd("READY=1")
-        if gate.is_asked_again:
-            await reload(listeners)
         return
-    # O que já chegou é respondido, e o que ainda chega, recusado; quem se conecta agora espera pelo programa que vem.
+    try:
+        await make_still()
+        # Um sinal de parada pode ter chegado no meio.
+        if not gate.is_closed:
+            log.info("recarregando: streams vivos: %d", len(live))
+            exec_program(listeners, files)
+    except Exception as error:
+        # Já não se aceita ninguém: só um início conserta.
+        print(f"erro: a recarga falhou: {type(error).__name__}: {error}", file=sys.stderr)
+        exit_process(1)
+
+
+async def make_still():
+    """Leva os streams a um ponto em que outro programa pode continuá-los: nada por enviar, nem retirada a caminho."""
+    # O que já chegou é respondido, e o que ainda chega, recusado; quem se conecta agora espera pelo programa novo.
     gate.is_paused = True
+    # Uma conexão recém-aceita ainda não está em arrivals.
+    await asyncio.sleep(0.05)
     await settle(lambda: len(arrivals))
-    late = [each for each, due in list(arrivals.items()) if due != math.inf and arrivals.pop(each, None)]
-    await asyncio.gather(*[dismiss(each.dup(), whole_error(503)) for each in late], return_exceptions=True)
+    for connection, due in list(arrivals.items()):
+        if due != math.inf and arrivals.get(connection) == due:
+            arrivals.pop(connection, None)
+            with contextlib.suppress(OSError):
+                spawn(dismiss(connection.dup(), whole_error(503)))
     deadline = loop.time() + answer_timeout
-    while (arrivals or any(each.timer is None for each in live)) and loop.time() < deadline:
+    while loop.time() < deadline and not gate.is_closed and (arrivals or any(each.timer is None for each in live)):
         await asyncio.sleep(0.01)
+    # Quem lê devagar uma linha longa a lê enquanto os outros ainda recebem as suas.
+    await settle(lambda: sum(each.client.transport.get_write_buffer_size() for each in live if each.client.room),
+                 answer_timeout)
+    if gate.is_closed:
+        return
     # Daqui em diante nada se tira do Redis, e nenhum prazo vence; o que já foi tirado tem de chegar aos clientes.
-    gate.is_open.clear()
-    handed = [each for each in live if each.timer is not None]
-    for each in handed:
+    gate.may_take.clear()
+    adopted = [each for each in live if each.timer is not None]
+    for each in adopted:
         each.timer.cancel()
     # As respostas vêm em ordem: depois da deste PING, nenhuma retirada está a caminho.
     await redis_ping()
-    await settle(unread)
-    for each in handed:
+    await settle(unread, answer_timeout)
+    for each in adopted:
         if each in live and each.client.transport.get_write_buffer_size():
             each.client.transport.abort()
             each.end(ended_client)
     await settle(lambda: sum(each.reason is not None for each in runners.values()))
     if gate.is_closed:
-        # Um sinal de parada chegou no meio: os streams têm até DRAIN.
-        gate.is_open.set()
-        for each in live:
-            each.timer = loop.call_soon(each.tick)
-        return
-    log.info("recarregando: streams vivos: %d", len(live))
-    try:
-        exec_program(listeners)
-    except OSError as error:
-        log.error("a recarga falhou: %s", cause_of(error))
-        exit_process(1)
+        # Os streams têm até DRAIN.
+        gate.may_take.set()
+        for each in adopted:
+            if each in live:
+                each.timer = loop.call_soon(each.tick)
 
 
-def exec_program(listeners):
-    """Troca o programa do processo. Uma retirada a caminho não se perde: o que vem a repete.
+def kept_values(each):
+    """Diz o que um stream leva consigo; o resto recomeça, e a retirada a caminho é repetida.
+
+    Argumentos:
+        each (stream): o stream.
+    Retorna:
+        tuple: pares (dono, nomes dos atributos).
+    """
+    return ((each.task, ("name", "address", "method", "path", "started")), (each, ("sequence", "last_line")),
+            (each.client, ("lines", "bytes", "skipped", "first_at", "sent_at")))
+
+
+def exec_program(listeners, files):
+    """Troca o programa do processo.
 
     Argumentos:
         listeners (list[socket.socket]): sockets escutando.
+        files (dict): caminho -> texto dos arquivos de ENV_FILE.
     Levanta:
-        OSError: se o sistema não pôde.
+        OSError: se o exec falhou.
     """
     state = {
-        "version": state_version, "redis": [REDIS_SERVER.url, REDIS_PREFIX, REDIS_LIST_PREFIX], "served": gate.served,
+        "version": state_version, "files": files, "redis": [REDIS_SERVER.url, REDIS_PREFIX, REDIS_LIST_PREFIX], "served": gate.served,
         "listeners": [each.fileno() for each in listeners], "counted": meter.counted() if meter else {},
         "removals": [[key.decode() for key in keys] for keys in removals],
         "streams": [{
             "fd": each.client.transport.get_extra_info("socket").fileno(), "is_chunked": each.task.is_chunked,
             "keys": [each.task.key.decode(), each.task.list.decode()], "is_unheard": each in unheard,
-            "task": {name: getattr(each.task, name) for name in kept_of_task},
-            "stream": {name: getattr(each, name) for name in kept_of_stream},
-            "client": {name: getattr(each.client, name) for name in kept_of_client},
+            "values": [[getattr(owner, name) for name in names] for owner, names in kept_values(each)],
         } for each in live if each.timer is not None and each.reason is None],
     }
     os.environ[state_variable] = str(write_state(state))
-    # Um sinal que chegue antes que o programa que vem saiba tratá-lo espera por ele.
-    signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals)
     flush_log()
+    # Até o exec, um sinal de parada encerra na hora; depois, fica pendente até que o programa novo saiba tratá-lo.
+    for each in stop_signals:
+        loop.remove_signal_handler(each)
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals)
     os.execv(sys.executable, sys.orig_argv)
 
 
@@ -3963,6 +3974,7 @@ def read_state():
     for descriptor in (*kept, *[row["fd"] for row in state.get("streams", ())]):
         os.set_inheritable(descriptor, False)
     kept_listeners.extend(socket.socket(fileno=descriptor) for descriptor in kept)
+    kept_files.update(state.get("files", {}))
     return state
 
 
@@ -3970,7 +3982,7 @@ def take_over(state):
     """Continua o que o programa de antes da recarga fazia.
 
     Argumentos:
-        state (dict): o que ele escreveu; a forma de "version", "listeners", "fd" e "is_chunked" é para sempre.
+        state (dict): o que ele escreveu; as outras versões também leem "version", "listeners", "fd" e "is_chunked".
     """
     is_known = state["version"] == state_version
     for row in state["streams"]:
@@ -3980,27 +3992,24 @@ def take_over(state):
             spawn(dismiss(connection, b"%x\r\n%b\r\n%b" % (len(line), line, last_chunk) if row["is_chunked"] else line))
             continue
         asked = task.__new__(task)
-        for name, value in row["task"].items():
-            setattr(asked, name, value)
         asked.key, asked.list = map(str.encode, row["keys"])
         asked.taken, asked.payload = asked.list + b":taken", b""
+        asked.is_chunked, asked.started = row["is_chunked"], 0.0
         made = stream(asked)
-        for owner, values in ((made, row["stream"]), (made.client, row["client"])):
-            for name, value in values.items():
+        for (owner, names), values in zip(kept_values(made), row["values"], strict=True):
+            for name, value in zip(names, values, strict=True):
                 setattr(owner, name, value)
         made.resume(connection)
         if row["is_unheard"]:
             unheard[made] = None
         if state["redis"] != [REDIS_SERVER.url, REDIS_PREFIX, REDIS_LIST_PREFIX]:
-            # As chaves dele ficaram onde já não se procura.
+            # As chaves deste ficaram em outro Redis, ou sob outro prefixo.
             made.end(ended_shutdown)
     if is_known:
         gate.served = state["served"]
         for keys in state["removals"]:
             removals.append([key.encode() for key in keys])
             has_removals.set()
-        if meter is not None:
-            meter.carried = state["counted"]
 
 
 async def tell_streams():
@@ -4017,6 +4026,7 @@ def request_stop(stopping):
     """
     if stopping.done():
         return
+    gate.is_closed = True
     for each in stop_signals:
         if loop.remove_signal_handler(each):
             signal.signal(each, end_at_once)
@@ -4049,11 +4059,12 @@ def tell_fault(_, context):
         log.error("falha interna no laço: %s: %s", context["message"], error)
 
 
-async def serve(given):
+async def serve(given, state):
     """Conecta ao Redis, abre a porta e atende até o sinal de parada.
 
     Argumentos:
         given (dict): texto e camada de cada configuração.
+        state (dict): o de read_state.
     Retorna:
         int: 0 se parou por um sinal; 1 se o Redis ou a porta não atenderam; 2 se o
         database, o nome ou a família não existem, ou se falta privilégio.
@@ -4063,13 +4074,13 @@ async def serve(given):
     # PYTHONDEVMODE o ligaria, e cada espera longa seria uma linha de log.
     loop.set_debug(False)
     loop.set_exception_handler(tell_fault)
-    link, state = redis_link(), read_state()
+    link = redis_link()
     while True:
         try:
             await link.open()
             cautions = await link.survey()
             break
-        except (redis.RedisError, OSError) as error:
+        except (redis.RedisError, OSError, RuntimeError) as error:
             status, sentence = redis_problem(error, given)
             log.error("%s", sentence)
             if not state:
@@ -4081,8 +4092,8 @@ async def serve(given):
     status, listeners = open_listeners(given)
     if status:
         return status
-    while kept_listeners:
-        kept_listeners.pop().close()
+    # Os que sobram fecham com o último dono.
+    kept_listeners.clear()
     for caution in cautions:
         log.warning("%s", caution)
     raise_descriptor_limit()
@@ -4096,6 +4107,7 @@ async def serve(given):
         loop.add_signal_handler(signal.SIGHUP, lambda: spawn(reload(listeners)))
     if METRICS_PORT:
         meter = metrics_meter()
+        meter.carried = state.get("counted", {})
         meter.serve(listeners[1])
     if state:
         take_over(state)
@@ -4132,10 +4144,12 @@ def main(argv):
     # Até o serviço começar, um Ctrl-C encerra como os outros sinais, sem traceback.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    state = read_state()
     try:
         actions, given, cautions = load_settings(argv, os.environ)
         if "help" in actions:
-            show(build_parser().format_help().rstrip("\n"))
+            # O título que o argparse escreve em inglês.
+            show(build_parser().format_help().rstrip("\n").replace("usage:", "uso:", 1))
             return 0
         if "version" in actions:
             show(f"{program} {version}")
@@ -4145,14 +4159,14 @@ def main(argv):
             log.warning("%s", caution)
         check_insides()
         if "check" in actions:
-            return asyncio.new_event_loop().run_until_complete(check(given))
+            return asyncio.new_event_loop().run_until_complete(check(given, state))
     except configuration_error as error:
         log.error("%s", error)
         return 2
     except OSError as error:
         log.error("a saída não pode ser escrita: %s", cause_of(error))
         return 1
-    return asyncio.new_event_loop().run_until_complete(serve(given))
+    return asyncio.new_event_loop().run_until_complete(serve(given, state))
 
 
 def flush_log():
