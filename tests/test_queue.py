@@ -124,6 +124,23 @@ def test_dead_proxy(start_redis, start_proxy, connect):
     assert alive.lines() == [b"ok"]
 
 
+def test_dead_tasks_that_may_not_leave(start_redis, start_proxy, fetch):
+    """LREM negado com tarefas mortas na fila: um aviso só, e a procura acaba, em vez de girar."""
+    server = start_redis()
+    db = server.client()
+    db.rpush(queue, *[f"ndjson_task_{uuid.uuid4()}" for _ in range(500)])
+    proxy = start_proxy(env={**support.limited_user(server, "-lrem"), **on}, redis=server)
+    proxy.wait_log("as tarefas mortas não saem da fila", 10)
+    asked = server.calls("lrange")
+    # Cada volta da procura dura 20 ms.
+    for _ in range(20):
+        assert fetch(proxy, "GET", "/ping").status == 200
+    harness.eventually(lambda: server.calls("ping") >= 20, 5, "o laço segue")
+    assert server.calls("lrange") == asked == 1
+    assert proxy.log().count("não saem da fila") == 1
+    db.delete(queue)
+
+
 def test_refused_task_is_not_queued(start_redis, start_proxy, fetch):
     """SET recusado (memória cheia): nem PUBLISH nem fila."""
     server = start_redis("maxmemory-policy noeviction")

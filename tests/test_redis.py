@@ -786,3 +786,38 @@ def test_long_reply_on_a_slow_link(start_relayed, connect, start_worker):
     task.finish()
     assert response.lines() == []
     assert "fora do ar" not in proxy.log()
+
+
+def test_silence_right_after_the_greeting(start_redis, start_relay, start_proxy):
+    """O Redis que responde à saudação e emudece logo depois: o início e o --check acabam com uma frase e status 1."""
+    server = start_redis()
+    relay = start_relay(server.port)
+    relay.mute(b"INFO\r\n$6\r\nmemory")
+    proxy = start_proxy(env={"REDIS_SERVER": relay.address}, redis=server, ready=False)
+    proxy.expected_status = 1
+    assert proxy.wait(10) == 1
+    assert "erro: REDIS_SERVER: o Redis em" in proxy.log() and "sem resposta em 2 s" in proxy.log()
+    done = harness.run_proxy("--check", env={"REDIS_SERVER": relay.address, "HTTP_PORT": "0"}, timeout=10)
+    assert done.status == 1 and "sem resposta em 2 s" in done.out + done.err
+
+
+def test_refused_announcement_is_not_heard(start_redis, start_proxy, connect, start_worker):
+    """PUBLISH negado ao anunciar de novo não vale por ouvido: a tarefa ainda é anunciada quando ele volta."""
+    server = start_redis()
+    proxy = start_proxy(redis=server, env=support.limited_user(server))
+    client = server.client()
+    response = connect(proxy).request("POST", "/").response()
+    proxy.wait_log("ninguém ouve o canal")
+    support.limited_user(server, "-publish")
+
+    def denied():
+        """Conta os PUBLISH negados."""
+        return client.info("commandstats").get("cmdstat_publish", {}).get("rejected_calls", 0)
+
+    harness.eventually(lambda: denied() >= 2, 10, "dois anúncios negados")
+    assert "ouvida" not in proxy.log()
+    worker = start_worker(client)
+    support.limited_user(server, "+publish")
+    task = worker.next()
+    task.finish("fim")
+    assert response.lines() == [b"fim"]

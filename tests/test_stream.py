@@ -103,6 +103,25 @@ def test_ends_pass_clients_that_do_not_read(start_proxy, connect, worker):
     assert harness.read_all([response for response, _ in slow]) == [[line] for line in large]
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_client_that_does_not_close(start_proxy, connect, worker, narrow):
+    """Quem leu tudo e não fecha é fechado em cerca de um segundo, ainda que o fim, longo, só tenha sido lido tarde."""
+    proxy = start_proxy("-P", 0)
+    rest = proxy.sockets()
+    response, task = support.open_stream(lambda where: connect(where, narrow=narrow), proxy, worker)
+    line = b"x" * (600_000 if narrow else 10)
+    task.finish(line)
+    harness.eventually(lambda: not task.traces(), 10, "último trecho tirado")
+    if narrow:
+        # Além da espera de quem já leu.
+        time.sleep(1.5)
+        assert proxy.sockets() > rest
+    assert response.lines() == [line]
+    began = time.monotonic()
+    harness.eventually(lambda: proxy.sockets() <= rest, 10, "socket fechado")
+    assert time.monotonic() - began < 4
+
+
 def test_many_ends_at_once(share_proxy, connect, worker):
     """Duzentos streams que acabam no mesmo instante, uns com linha e outros não, acabam todos, e por inteiro."""
     proxy = share_proxy()
@@ -309,6 +328,28 @@ def test_client_leaves_at_the_hand_over(shared_proxy, connect, worker, how):
     support.wait_empty(worker.client, 2)
     with contextlib.closing(harness.connection(shared_proxy.port)) as conn:
         assert conn.request("GET", "/ping").response().body() == b"pong"
+
+
+def test_body_whole_at_the_deadline(share_proxy, host, connect, start_worker):
+    """Um corpo que se completa perto do instante de REQUEST_TIMEOUT é aceito ou recusado, nunca as duas coisas."""
+    proxy, worker = share_proxy("--request-timeout", 1000, host=host), start_worker()
+    opened = []
+    for _ in range(60):
+        opened.append((time.monotonic(), connect(proxy)))
+        opened[-1][1].send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\na")
+    for number, (began, conn) in enumerate(opened):
+        time.sleep(max(0.0, began + 0.95 + number * 0.006 - time.monotonic()))
+        with contextlib.suppress(OSError):
+            conn.send(b"b")
+    answers = [conn.response() for _, conn in opened]
+    accepted = [answer for answer in answers if answer.status == 200]
+    assert {answer.status for answer in answers} <= {200, 408}
+    tasks = {each.name: each for each in (worker.next() for _ in accepted)}
+    worker.idle()
+    for answer in accepted:
+        tasks.pop(answer.header("X-Task-Name")).finish("fim")
+    assert harness.read_all(accepted) == [[b"fim"]] * len(accepted)
+    print(f"contado: {len(accepted)} de 60 aceitos ({host})")
 
 
 def test_client_leaves_while_its_task_is_written(start_redis, start_proxy, host, connect):
