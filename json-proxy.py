@@ -3400,12 +3400,13 @@ def url_host(host):
     return f"[{host}]" if ":" in host else host
 
 
-def open_listener(host, port):
+def open_listener(host, port, is_check):
     """Abre o socket em que um servidor escuta, ou usa o que já veio aberto.
 
     Argumentos:
         host (str): endereço ou nome desta máquina.
         port (int): porta; 0 escolhe uma livre.
+        is_check (bool): verdadeiro se é só para saber se pode ser aberto.
     Retorna:
         socket.socket: socket escutando.
     Levanta:
@@ -3417,6 +3418,11 @@ def open_listener(host, port):
         if each.family == family and name[0] == address[0] and port in (0, name[1]):
             kept_listeners.remove(each)
             return each
+    for each in [each for each in kept_listeners if each.getsockname()[1] == port]:
+        # A mesma porta em outro endereço só se abre depois que este deixa de escutar.
+        if is_check:
+            return each
+        each.shutdown(socket.SHUT_RDWR)
     return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=host == "::")
 
 
@@ -3652,7 +3658,7 @@ async def check(given, state):
     global loop, link
     loop = asyncio.get_running_loop()
     show("\n".join(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})" for row in settings))
-    status, _ = open_listeners(given, is_check=not state)
+    status, _ = open_listeners(given, True, bool(state))
     if 0 < HTTP_PORT < 1024:
         show("aviso: HTTP_PORT: no serviço, uma porta abaixo de 1024 pede low-port.conf")
     link = redis_link()
@@ -3685,12 +3691,13 @@ def is_served(host, port):
     return False
 
 
-def open_listeners(given, is_check=False):
+def open_listeners(given, is_check=False, is_reload=False):
     """Abre o socket da aplicação e, se METRICS_PORT pede, o das métricas.
 
     Argumentos:
         given (dict): texto e camada de cada configuração.
-        is_check (bool): verdadeiro se a porta já pode ser a do serviço, que está no ar.
+        is_check (bool): verdadeiro se é --check: a porta já pode ser a do serviço, que está no ar.
+        is_reload (bool): verdadeiro se quem pergunta é uma recarga, que sabe quais são as suas.
     Retorna:
         tuple: (status de saída se algum não abriu, ou 0; lista de sockets): 2 se o nome ou a família não
         existe, ou se falta privilégio, o que nenhuma espera conserta; 1 nos outros casos.
@@ -3701,12 +3708,12 @@ def open_listeners(given, is_check=False):
             (globals()[name], f"({given[name].layer})") for name in (f"{server}_HOST", f"{server}_PORT")
         )
         try:
-            listeners.append(open_listener(host, port))
+            listeners.append(open_listener(host, port, is_check))
         except socket.gaierror as error:
             log.error("%s_HOST: o valor %r %s não serve: %s", server, host, host_layer, cause_of(error))
             return (1 if error.errno == socket.EAI_AGAIN else 2), []
         except OSError as error:
-            if is_check and error.errno == errno.EADDRINUSE and is_served(host, port):
+            if is_check and not is_reload and error.errno == errno.EADDRINUSE and is_served(host, port):
                 show(f"{server}_PORT: a porta {port} já é atendida por um {program}")
                 continue
             # As palavras de create_server trazem o endereço, em inglês.
