@@ -3755,13 +3755,17 @@ def unread():
     return sum(each.get_write_buffer_size() for each in transports)
 
 
-def unsent():
-    """Conta o que ainda falta dizer aos clientes.
-
-    Retorna:
-        int: streams vivos, bytes que seus clientes não leram e respostas que as threads fazem.
-    """
-    return len(live) + unread() + sum(due == math.inf for due in list(arrivals.values()))
+async def finish_requests():
+    """Deixa de aceitar: o que já chegou é respondido; o que ainda chega, recusado; e quem se conecta agora espera."""
+    gate.is_paused = True
+    # Uma conexão recém-aceita ainda não está em arrivals.
+    await asyncio.sleep(0.05)
+    await settle(lambda: len(arrivals))
+    for connection, due in list(arrivals.items()):
+        if due != math.inf and arrivals.get(connection) == due:
+            arrivals.pop(connection, None)
+            with contextlib.suppress(OSError):
+                spawn(dismiss(connection.dup(), whole_error(503)))
 
 
 async def stop_service(listener):
@@ -3773,8 +3777,8 @@ async def stop_service(listener):
     # O prazo do systemd acompanha DRAIN, seja qual for o TimeoutStopSec da unidade.
     notify_systemd(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={(DRAIN + 10000) * 1000}")
     if "NOTIFY_SOCKET" in os.environ:
-        # O systemd guarda este socket: quem chega espera pelo próximo início, ou é recusado se não houver um.
-        gate.is_paused = True
+        # O systemd guarda este socket: quem espera é do próximo início, ou é recusado se não houver um.
+        await finish_requests()
     else:
         # Quem aceita conexões nos dois servidores vê este socket parar, e para.
         listener.shutdown(socket.SHUT_RDWR)
@@ -3784,7 +3788,8 @@ async def stop_service(listener):
         await asyncio.sleep(0.01)
     for each in list(live):
         each.end(ended_shutdown)
-    await settle(unsent)
+    # Streams vivos, bytes que seus clientes não leram e respostas que as threads fazem.
+    await settle(lambda: len(live) + unread() + sum(due == math.inf for due in list(arrivals.values())))
     await settle(lambda: len(removals))
     log.info("parado")
 
@@ -3884,16 +3889,7 @@ async def reload(listeners):
 
 async def make_still():
     """Leva os streams a um ponto em que outro programa pode continuá-los: nada por enviar, nem retirada a caminho."""
-    # O que já chegou é respondido, e o que ainda chega, recusado; quem se conecta agora espera pelo programa novo.
-    gate.is_paused = True
-    # Uma conexão recém-aceita ainda não está em arrivals.
-    await asyncio.sleep(0.05)
-    await settle(lambda: len(arrivals))
-    for connection, due in list(arrivals.items()):
-        if due != math.inf and arrivals.get(connection) == due:
-            arrivals.pop(connection, None)
-            with contextlib.suppress(OSError):
-                spawn(dismiss(connection.dup(), whole_error(503)))
+    await finish_requests()
     deadline = loop.time() + answer_timeout
     while loop.time() < deadline and not gate.is_closed and (arrivals or any(each.timer is None for each in live)):
         await asyncio.sleep(0.01)
