@@ -2992,6 +2992,8 @@ def hand_over(environ, owner, head):
         entrusted = socket.socket(fileno=connection.detach()) if is_flask else connection.dup()
     except OSError as error:
         log.debug("o socket de um cliente não pôde ser entregue: %s", cause_of(error))
+    # Se o cliente saiu enquanto o corpo era lido, o servidor já a esqueceu, e ninguém mais o faria.
+    arrivals.pop(connection, None)
     loop.call_soon_threadsafe(owner.adopt, entrusted, head)
     raise handed_over
 
