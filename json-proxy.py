@@ -1217,7 +1217,8 @@ class redis_link:
         except (TypeError, ValueError) as error:
             raise redis.DataError(f"uma opção da URL não serve: {error}") from None
         self.lost = loop.create_future()
-        self.socket = redis_socket(self.connection)
+        # O redis-py não o publica; o nome é o mesmo da 4 à 8, e está na tabela insides.
+        self.socket = self.connection._sock
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, redis_send_buffer)
         loop.add_reader(self.socket, self.receive)
@@ -3291,17 +3292,6 @@ def check_insides():
                 f"esta versão do módulo {module} não serve: falta {named.__name__}.{name}, de que o programa depende")
 
 
-def redis_socket(connection):
-    """Dá o socket de uma conexão do redis-py, que não o publica; o nome é o mesmo da 4 à 8.
-
-    Argumentos:
-        connection (redis.Connection): conexão aberta.
-    Retorna:
-        socket.socket: o socket; ssl.SSLSocket se há TLS.
-    """
-    return connection._sock
-
-
 def serve_flask(listener):
     """Atende com o servidor do Flask, uma thread por requisição, até que o socket deixe de escutar.
 
@@ -3868,10 +3858,7 @@ async def reload(listeners):
             # O que não puder ser lido é dito por --check.
             with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8-sig") as file:
                 files[path] = file.read()
-        try:
-            problem = await asyncio.to_thread(try_program, listeners, files)
-        except RuntimeError as error:
-            problem = str(error)
+        problem = await asyncio.to_thread(try_program, listeners, files)
     if problem:
         log.error("a recarga foi recusada, e nada mudou: %s", problem)
         gate.is_reloading = False
@@ -3879,10 +3866,19 @@ async def reload(listeners):
         return
     try:
         await make_still()
-        # Um sinal de parada pode ter chegado no meio.
+        # Um sinal que chegue daqui em diante fica pendente até que o programa novo saiba tratá-lo, pois só esta thread os
+        # recebe; um de antes ainda está a caminho do laço.
+        signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals)
+        await asyncio.sleep(0.01)
         if not gate.is_closed:
             log.info("recarregando: streams vivos: %d", len(live))
             exec_program(listeners, files)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled_signals)
+        # Uma parada chegou no meio: os streams têm até DRAIN.
+        gate.may_take.set()
+        for each in live:
+            if each.timer is not None and each.timer.cancelled():
+                each.timer = loop.call_soon(each.tick)
     except Exception as error:
         # Já não se aceita ninguém: só um início conserta.
         print(f"erro: a recarga falhou: {type(error).__name__}: {error}", file=sys.stderr)
@@ -3913,12 +3909,6 @@ async def make_still():
             each.client.transport.abort()
             each.end(ended_client)
     await settle(lambda: sum(each.reason is not None for each in runners.values()))
-    if gate.is_closed:
-        # Os streams têm até DRAIN.
-        gate.may_take.set()
-        for each in adopted:
-            if each in live:
-                each.timer = loop.call_soon(each.tick)
 
 
 def kept_values(each):
@@ -3954,10 +3944,6 @@ def exec_program(listeners, files):
     }
     os.environ[state_variable] = str(write_state(state))
     flush_log()
-    # Até o exec, um sinal de parada encerra na hora; depois, fica pendente até que o programa novo saiba tratá-lo.
-    for each in stop_signals:
-        loop.remove_signal_handler(each)
-    signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals)
     os.execv(sys.executable, sys.orig_argv)
 
 
@@ -4079,6 +4065,8 @@ async def serve(given, state):
     # PYTHONDEVMODE o ligaria, e cada espera longa seria uma linha de log.
     loop.set_debug(False)
     loop.set_exception_handler(tell_fault)
+    loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(
+        initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, handled_signals)))
     link = redis_link()
     while True:
         try:
@@ -4110,17 +4098,18 @@ async def serve(given, state):
     loop.add_signal_handler(signal.SIGUSR1, lambda: spawn(tell_streams()))
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         loop.add_signal_handler(signal.SIGHUP, lambda: spawn(reload(listeners)))
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals)
     if METRICS_PORT:
         meter = metrics_meter()
         meter.carried = state.get("counted", {})
         meter.serve(listeners[1])
     if state:
         take_over(state)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, handled_signals)
     for duty in (keep_link, look_for_dead, cast_net, announce_again, renew_keys, remove_keys, expire_ownerless,
                  keep_systemd_informed, sweep_late):
         start_duty(duty)
     threading.Thread(target=run_server, args=(listeners[0],), name=HTTP_SERVER, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, handled_signals)
     # Percorrer os objetos de milhares de streams pararia todos por décimos de
     # segundo; o lixo cíclico deles é jovem, e as duas primeiras gerações o recolhem.
     gc.freeze()
@@ -4145,11 +4134,15 @@ def main(argv):
         int: status de saída: 0 parada limpa, 1 Redis, porta ou saída, 2 configuração.
     """
     global log_writer
+    # Só a thread principal recebe sinais: as outras herdam a máscara de quem as cria.
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled_signals)
     log_writer = configure_logging()
     # Até o serviço começar, um Ctrl-C encerra como os outros sinais, sem traceback.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     state = read_state()
+    if not state:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled_signals)
     try:
         actions, given, cautions = load_settings(argv, os.environ)
         if "help" in actions:

@@ -1131,7 +1131,9 @@ class connection:
         """
         self.sock.settimeout(timeout)
         try:
-            return self.sock.recv(4096) == b""
+            more = self.sock.recv(4096)
+            assert not more, more
+            return True
         except ConnectionResetError:
             return True
         except TimeoutError:

@@ -245,7 +245,7 @@ def test_request_that_arrives_slowly(start_proxy, host, connect, worker, rest):
         assert (response.status, response.json()["error"]) == (503, "shutdown")
         if rest == "no fim":
             slow.send(b"cd")
-        assert slow.at_end()
+        assert slow.at_end(20)
         proxy.wait_ready(since=seen)
         worker.idle()
     with contextlib.suppress(ConnectionResetError):
