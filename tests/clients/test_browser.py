@@ -161,7 +161,7 @@ def test_chat_shows_http_errors(start_proxy, start_redis, open_chat, worker):
         first = say(other, "ocupa o lugar")
         task = hand.next()
         answer = say(page, "Olá")
-        browser.expect(answer.get_by_role("alert")).to_contain_text("limite de 1 stream")
+        browser.expect(answer.get_by_role("alert")).to_contain_text("limite de streams simultâneos")
         browser.expect(answer.get_by_role("alert")).to_contain_text("HTTP 503, too_many_streams")
         task.finish(item("pronto"))
         browser.expect(first).to_have_attribute("data-state", "done")
