@@ -2327,8 +2327,7 @@ net_size = 1
 slice_size = 500
 # Informe ao systemd, em segundos, se o vigia não pede mais; novo anúncio do que ninguém ouviu; exame das listas sem
 # dono e dos prazos das requisições.
-status_interval = 1.0
-announce_interval = 1.0
+status_interval = announce_interval = 1.0
 ownerless_interval = 5.0
 sweep_interval = 0.25
 # Espera, em segundos, para pedir de novo que se apaguem as chaves que o Redis recusou apagar.
@@ -3191,6 +3190,8 @@ async def dismiss(connection, response):
         response (bytes): a resposta inteira.
     """
     with contextlib.suppress(OSError):
+        # A resposta e o fim saem juntos: entre os dois, a thread ainda poderia dar uma segunda.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
         reader, writer = await asyncio.open_connection(sock=connection)
         writer.write(response)
         writer.write_eof()
@@ -3709,12 +3710,12 @@ def open_listeners(given, is_check=False, is_reload=False):
                 show(f"{server}_PORT: a porta {port} já é atendida por um {program}")
                 continue
             # As palavras de create_server trazem o endereço, em inglês.
-            cause = os.strerror(error.errno)
-            hint = "; abaixo de 1024, o serviço pede low-port.conf" if error.errno == errno.EACCES else ""
+            low = "; abaixo de 1024, o serviço pede low-port.conf"
+            cause = os.strerror(error.errno) + low * (error.errno == errno.EACCES)
             if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL):
                 log.error("%s_HOST: o endereço %s %s não pode ser aberto: %s", server, host, host_layer, cause)
             else:
-                log.error("%s_PORT: a porta %s %s em %s não pode ser aberta: %s%s", server, port, port_layer, host, cause, hint)
+                log.error("%s_PORT: a porta %s %s em %s não pode ser aberta: %s", server, port, port_layer, host, cause)
             return (2 if error.errno in (errno.EACCES, errno.EAFNOSUPPORT, errno.EINVAL) else 1), []
     return 0, listeners
 
