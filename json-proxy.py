@@ -3934,9 +3934,9 @@ def exec_program(listeners, files):
         OSError: se o exec falhou.
     """
     state = {
-        "version": state_version, "files": files, "redis": [REDIS_SERVER.url, REDIS_PREFIX, REDIS_LIST_PREFIX], "served": gate.served,
+        "version": state_version, "files": files, "redis": [REDIS_SERVER.url, REDIS_PREFIX, REDIS_LIST_PREFIX],
         "listeners": [each.fileno() for each in listeners], "counted": meter.counted() if meter else {},
-        "removals": [[key.decode() for key in keys] for keys in removals],
+        "removals": [[key.decode() for key in keys] for keys in removals], "served": gate.served,
         "streams": [{
             "fd": each.client.transport.get_extra_info("socket").fileno(), "is_chunked": each.task.is_chunked,
             "keys": [each.task.key.decode(), each.task.list.decode()], "is_unheard": each in unheard,
