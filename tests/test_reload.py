@@ -274,7 +274,7 @@ def test_whole_request_waits_for_redis(start_relayed, host, connect, start_worke
 def test_connections_made_meanwhile(start_proxy, host, connect, worker):
     """Três recargas sob pedidos sem parar: nenhum recusado nem cortado."""
     proxy = start_proxy("-P", 0)
-    stop, longest, faults = threading.Event(), [0.0], []
+    stop, is_over, longest, faults = threading.Event(), threading.Event(), [0.0], []
 
     def ask(method, target):
         """Pede sem parar. Argumentos: method, target."""
@@ -293,8 +293,8 @@ def test_connections_made_meanwhile(start_proxy, host, connect, worker):
             longest[0] = max(longest[0], time.monotonic() - began)
 
     def answer():
-        """Encerra toda tarefa que aparece."""
-        while not stop.is_set():
+        """Encerra toda tarefa que aparece, até a última de quem pede."""
+        while not is_over.is_set():
             with contextlib.suppress(AssertionError):
                 worker.next(0.2).finish("fim")
 
@@ -307,8 +307,10 @@ def test_connections_made_meanwhile(start_proxy, host, connect, worker):
             proxy.reload()
     finally:
         stop.set()
-        for each in (*threads, answering):
+        for each in threads:
             each.join()
+        is_over.set()
+        answering.join()
     print(f"contado: a maior espera em três recargas: {longest[0]:.2f} s ({host})")
     assert (faults, longest[0] < 5) == ([], True)
     worker.client.flushall()
