@@ -1,6 +1,6 @@
 """O fluxo de exemplo do n8n: preso aos nomes do pacote n8n-nodes-base e ao contrato, e fora de cada armadilha.
 
-Ele foi executado num n8n de verdade, que é grande demais para estar aqui (packaging/examples/n8n/README.md diz o que se
+Ele foi executado num n8n de verdade, que é grande demais para estar aqui (packaging/doc/n8n.md diz o que se
 viu). Estas provas impedem que uma mudança o estrague: leem o fluxo e os parâmetros que o pacote declara, resumidos em
 n8n_parameters.json. E cada defeito conhecido, posto de propósito, tem de ser notado por elas.
 """
@@ -17,7 +17,7 @@ folder = harness.root / "packaging" / "examples" / "n8n"
 workflow = json.loads((folder / "workflow.json").read_text(encoding="utf-8"))
 credentials = json.loads((folder / "credentials.json").read_text(encoding="utf-8"))
 package = json.loads((harness.root / "tests" / "n8n_parameters.json").read_text(encoding="utf-8"))
-guide = (folder / "README.md").read_text(encoding="utf-8")
+guide = (harness.root / "packaging" / "doc" / "n8n.md").read_text(encoding="utf-8")
 settings = {row.name: row.default for row in harness.load_program().settings}
 prefix = package["package"] + "."
 every_version = sorted(package["versions"])
@@ -502,7 +502,7 @@ def test_claim_is_shared_with_the_other_workers():
     assert condition["operator"]["operation"] == "true"
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.en.md", "packaging/examples/n8n/README.md"])
+@pytest.mark.parametrize("name", ["packaging/doc/n8n.md", "packaging/doc/en/n8n.md"])
 def test_documented_expressions(name):
     """As expressões que os textos mandam copiar estão inteiras; as que eles mostram como erro estão quebradas."""
     text = (harness.root / name).read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import browser
 import harness
 
 # As linhas que o guia manda pôr no proxy, na seção do widget.
-guide = (harness.root / "packaging" / "examples" / "README.md").read_text(encoding="utf-8")
+guide = (harness.root / "packaging" / "doc" / "clientes.md").read_text(encoding="utf-8")
 given = dict(re.findall(r"^(HEARTBEAT_LINE|MAXTIME_ERROR)=(.+)$", guide.partition("## O widget do n8n")[2], re.MULTILINE))
 
 # Conta em `pings` os batimentos que a página leu; o que o widget recebe não muda.
