@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import subprocess
 
 import pytest
 
@@ -46,6 +47,24 @@ def start_balancer(start_proxy, tmp_path):
     with contextlib.ExitStack() as stack:
         for made in running:
             stack.callback(made.stop)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    """Um certificado de site.test, feito pelo openssl, que é a sua própria autoridade; a chave está no mesmo arquivo.
+
+    Retorno:
+        Um pathlib.Path.
+    """
+    path = tmp_path_factory.mktemp("tls") / "site.pem"
+    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=site.test"
+    # O Python 3.13 em diante exige o que a RFC 5280 pede.
+    extra = ("subjectAltName=DNS:site.test", "keyUsage=critical,digitalSignature,keyCertSign")
+    asked = [word for text in extra for word in ("-addext", text)]
+    command = [*words.split(), *asked, "-keyout", str(path), "-out", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return path
 
 
 @pytest.fixture(scope="session")

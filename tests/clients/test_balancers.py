@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import ssl
 import statistics
 import time
 
@@ -297,6 +298,61 @@ def test_forwarded_for_through_caddy_inside(start_proxy, start_balancer, connect
     for edits, address in (([], "127.0.0.1"), (believing, "127.0.0.9")):
         outer = start_balancer("haproxy", start_balancer("caddy", proxy, edits=edits))
         assert forwarded(outer, connect, worker)[0] == address
+
+
+# O arquivo entregue como parte de um site com TLS que já existe: o TLS do site, e o que o arquivo manda pôr no lugar.
+site = {
+    "nginx": [
+        ("listen 8080;", "listen 8080 ssl; ssl_certificate PEM; ssl_certificate_key PEM;"),
+        ("location / {", "location /chat/ {"),
+    ],
+    "haproxy": [
+        ("bind :8080", "bind :8080 ssl crt PEM"),
+        ("default_backend ndjson_proxy", "use_backend ndjson_proxy if { path_beg /chat/ }"),
+    ],
+    "apache": [
+        (
+            "<VirtualHost *:8080>",
+            "LoadModule ssl_module /usr/lib/apache2/modules/mod_ssl.so\n<VirtualHost *:8080>\n"
+            "SSLEngine on\nSSLCertificateFile PEM",
+        ),
+        ('"^/"', '"^/chat/"'),
+    ],
+    "caddy": [
+        (":8080 {", ":8080 {\ntls PEM PEM"),
+        ("reverse_proxy 127.0.0.1:8771 {", "reverse_proxy /chat/* 127.0.0.1:8771 {"),
+    ],
+}
+
+
+def test_path_of_a_site_with_tls(name, certificate, start_proxy, start_balancer, connect, worker):
+    """Num caminho de um site com TLS, cada linha chega na hora e o endereço do cliente é o dele; o resto é do site."""
+    proxy = start_proxy(env={"TRUST_PROXY": "1"})
+    front = start_balancer(name, proxy, edits=[(old, new.replace("PEM", str(certificate))) for old, new in site[name]])
+    # O que se trocou, fora o TLS, é o que o próprio arquivo diz.
+    assert site[name][1][1] in (balancers.examples / front.shipped).read_text(encoding="utf-8")
+    context = ssl.create_default_context(cafile=certificate)
+
+    def secure(*args, **options):
+        """Faz um pedido por TLS, de 127.0.0.9. Argumentos: os de connection.request. Retorno: a connection."""
+        conn = connect(front.port, source="127.0.0.9")
+        conn.sock = context.wrap_socket(conn.sock, server_hostname="site.test")
+        return conn.request(*args, **options)
+
+    for path in ("/", "/outro/chat/x"):
+        assert secure("GET", path).response().header("X-Author") is None
+    worker.idle()
+    conn = secure("POST", "/chat/a%2Fb?x=1", {"X-Forwarded-For": "6.6.6.6"}, "Olá")
+    task = worker.next()
+    assert (task.info["path"], task.info["query"], task.info["body"]) == ("/chat/a%2Fb", "x=1", "Olá")
+    assert task.info["remote_addr"] == "127.0.0.9"
+    answer = conn.response()
+    for number in range(5):
+        task.push(str(number))
+        assert answer.line() == str(number).encode()
+    task.finish("fim")
+    assert answer.lines() == [b"fim"]
+    assert end_row(proxy)["cliente"] == "127.0.0.9"
 
 
 def test_errors_pass_through(name, host, start_proxy, start_balancer, connect, worker):
