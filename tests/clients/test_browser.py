@@ -308,7 +308,8 @@ def test_chat_says_what_to_type(start_proxy, start_redis, open_page, serve_files
         f"Nada responde em http://127.0.0.1:{port}/chat. Num terminal, na pasta do projeto, digite: packaging/demo"
     )
     browser.expect(away).to_be_in_viewport(ratio=1)
-    browser.expect(page.get_by_text("O worker da demonstração só devolve o que você escreve.")).to_be_visible()
+    for words in ("Luz verde: está no ar", "O da demonstração só devolve o que você escreve.", "packaging/demo, num terminal"):
+        browser.expect(page.locator("dd", has_text=words)).to_be_visible()
     assert page.evaluate(contrast_script) == []
     server = start_redis()
     start_proxy("--port", str(port), redis=server).wait_log("pronto")
@@ -322,6 +323,10 @@ def test_chat_says_what_to_type(start_proxy, start_redis, open_page, serve_files
     server.kill()
     page.evaluate("check_proxy()")
     browser.expect(away).to_contain_text("não está pronto (HTTP 500): veja o log do proxy")
+    # Num caminho de um site, o /ping pode não ser do proxy.
+    page.get_by_label("Proxy", exact=True).fill(f"{site.origin}/chat")
+    page.keyboard.press("Tab")
+    browser.expect(away).to_contain_text(f"O /ping de {site.origin} não vai ao proxy")
     # Um endereço que não é um endereço também tem a sua frase.
     page.get_by_label("Proxy", exact=True).fill("http://")
     page.keyboard.press("Tab")
@@ -496,10 +501,12 @@ def test_chat_sends_the_token(token, start_proxy, open_chat, worker):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_chat_fits_the_screen(width, scheme, start_proxy, open_chat, worker):
-    """Nada transborda a tela, nem com palavras sem fim; o fim da conversa fica à vista, e o texto tem contraste."""
+    """Nada transborda a tela, nem com palavras sem fim; o começo e o fim da conversa ficam à vista, e o texto tem contraste."""
     proxy = start_proxy("--cors-origin", "*")
     options = {"viewport": {"width": width, "height": 640}, "color_scheme": scheme}
     page = open_chat(proxy.port, **options)
+    browser.expect(page.locator("#lamp")).to_have_attribute("data-state", "up")
+    browser.expect(page.get_by_text("packaging/demo", exact=True)).to_be_in_viewport(ratio=1)
     answer = say(page, "x" * 200)
     task = worker.next()
     task.push(item("palavra " * 400), item("y" * 300), '{"dados": "' + "z" * 300 + '"}')
