@@ -23,6 +23,7 @@ import support
 
 prefix = "ndjson_proxy_"
 examples = harness.root / "packaging" / "examples"
+documents = harness.root / "packaging" / "doc"
 # Um nome de métrica dentro de uma expressão.
 metric_name = re.compile(rf"\b{prefix}\w+")
 
@@ -480,7 +481,7 @@ def test_alerts(exported):
     rules = [rule for group in groups for rule in group["rules"]]
     assert len(rules) >= 10
     assert len({rule["alert"] for rule in rules}) == len(rules)
-    text = (harness.root / "README.md").read_text(encoding="utf-8")
+    text = (documents / "contrato.md").read_text(encoding="utf-8")
     refused = set(re.findall(r"(?m)^\| \d{3} \| `(\w+)` \|", text))
     ends = set(re.findall(r"(?m)^\|.*\|.*\| `([a-z]+)` \|$", text))
     for rule in rules:
@@ -496,10 +497,10 @@ def test_alerts(exported):
             assert reason in known, rule["alert"]
 
 
-@pytest.mark.parametrize("language", ["README.md", "README.en.md"])
-def test_readme(language, exported):
-    """A tabela do README tem todas as métricas, e nenhuma que não exista."""
-    text = (harness.root / language).read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["operacao.md", "en/operation.md"])
+def test_document(name, exported):
+    """A tabela da documentação tem todas as métricas, e nenhuma que não exista."""
+    text = (documents / name).read_text(encoding="utf-8")
     told = set(metric_name.findall(text))
     families = {re.sub("_(bucket|sum|count)$", "", name) for name in exported}
     assert told <= families, told - families

@@ -184,10 +184,11 @@ def test_name_in_conflict(prefix):
             assert word in text
 
 
-def test_acl_of_the_readme(start_redis, start_proxy, connect):
-    """As duas linhas de ACL dos READMEs são as mesmas e bastam: tarefa, fila, fim e procura das mortas, sem uma queixa no
+def test_documented_acl(start_redis, start_proxy, connect):
+    """As duas linhas de ACL da documentação são as mesmas e bastam: tarefa, fila, fim e procura das mortas, sem uma queixa no
     log."""
-    texts = [(harness.root / name).read_text(encoding="utf-8") for name in ("README.md", "README.en.md")]
+    folder = harness.root / "packaging" / "doc"
+    texts = [(folder / name).read_text(encoding="utf-8") for name in ("redis.md", "en/redis.md")]
     (first, second), english = (re.findall(r"ACL (SETUSER proxy .*)", text) for text in texts)
     name, other = (re.search(r"~(\S+) \+rpush", line)[1] for line in (second, english[1]))
     assert [first, second.replace(name, other)] == english

@@ -970,44 +970,6 @@ def test_shipped_env_file_uncommented(check_alone, tmp_path):
             assert shown[row.name] == (row.default, f"arquivo {tmp_path}/prova.env")
 
 
-def readme_rows(name):
-    """Lê a tabela de configurações de um README.
-
-    Argumentos:
-        name: nome do arquivo.
-
-    Retorno:
-        Lista de (nome, argumentos, padrão), na ordem; de cada linha de tabela cuja primeira célula é um nome em
-        maiúsculas.
-    """
-    rows = []
-    for line in (harness.root / name).read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) >= 3 and re.fullmatch(r"`?[A-Z][A-Z_]+`?", cells[0]):
-            flags = tuple(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*", cells[1]))
-            rows.append((cells[0].strip("`"), flags, cells[2]))
-    return rows
-
-
-@pytest.mark.parametrize("readme", ["README.md", "README.en.md"])
-def test_readme_table(readme):
-    """Os READMEs têm exatamente as configurações da tabela, com seus argumentos e padrões.
-
-    A célula do padrão é o valor (entre crases ou não), com a unidade depois se houver; um padrão vazio é "vazio",
-    "empty" ou nada.
-    """
-    rows = readme_rows(readme)
-    assert sorted(name for name, _, _ in rows) == sorted(names)
-    for name, flags, cell in rows:
-        row = by_name[name]
-        assert flags == row.flags, name
-        shown = cell.replace("`", "").strip()
-        if row.default:
-            assert shown in (row.default, f"{row.default} {row.unit}"), name
-        else:
-            assert shown.strip("*_() ") in ("", "vazio", "empty"), name
-
-
 def run_into(output, *flags, encoding="utf-8"):
     """Executa o programa com a saída padrão dada.
 

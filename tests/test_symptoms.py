@@ -1,4 +1,4 @@
-"""Cada sintoma da seção "Solução de problemas" do README, reproduzido pela causa que ela lhe dá, e o remédio."""
+"""Cada sintoma da seção "Sintomas" do README, reproduzido pela causa que ela lhe dá, e o remédio."""
 
 import gzip
 import re
@@ -8,9 +8,7 @@ import subprocess
 import harness
 import support
 
-troubles = re.search(
-    r"## Solução de problemas\n(.*?)\n## ", (harness.root / "README.md").read_text(encoding="utf-8"), re.DOTALL
-)[1]
+troubles = re.search(r"## Sintomas\n(.*?)\n## ", (harness.root / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 
 
 def row(symptom):

@@ -1,4 +1,4 @@
-"""Linha 6 da tabela: TLS, com certificados feitos aqui mesmo pelo openssl, e o usuário de ACL que o README manda criar."""
+"""Linha 6 da tabela: TLS, com certificados feitos aqui mesmo pelo openssl, e o usuário de ACL que a documentação manda criar."""
 
 import contextlib
 import json
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.timeout(redis_faults.limit)
 
 cuts, streams, lines = peers.scale((20, 10, 1000), (500, 50, 25000))
 
-# A linha de ACL é a do README, como um operador a copiaria.
-readme = (harness.root / "README.md").read_text(encoding="utf-8")
-acl_line = re.search(r"^ACL SETUSER (?P<user>\S+) (?P<rules>.*>(?P<password>\S+).*)$", readme, re.MULTILINE)
+# A linha de ACL é a da documentação, como um operador a copiaria.
+document = (harness.root / "packaging" / "doc" / "redis.md").read_text(encoding="utf-8")
+acl_line = re.search(r"^ACL SETUSER (?P<user>\S+) (?P<rules>.*>(?P<password>\S+).*)$", document, re.MULTILINE)
 
 
 class authority:
@@ -306,8 +306,8 @@ def commands_of_the_proxy(admin, spy):
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["sem_tls", "com_tls"])
-def test_acl_line_of_the_readme(start_tls, certificates, start_proxy, connect, start_worker, tls):
-    """Com o usuário do README tudo funciona, avisos e varredura inclusive; o Redis só anota a recusa da pergunta pelos
+def test_documented_acl_line(start_tls, certificates, start_proxy, connect, start_worker, tls):
+    """Com o usuário da documentação tudo funciona, avisos e varredura inclusive; o Redis só anota a recusa da pergunta pelos
     seus limites, feita no início, e nenhum direito sobra: cada comando permitido foi usado."""
     server = start_tls()
     admin = server.client()
@@ -342,7 +342,7 @@ def test_acl_line_of_the_readme(start_tls, certificates, start_proxy, connect, s
     assert not denied, denied
     assert support.polling_only not in log, log
     assert "não aceita scripts" not in log and password not in log, log
-    assert granted - used == set(), f"direitos que sobram no README: {sorted(granted - used)}"
+    assert granted - used == set(), f"direitos que sobram na documentação: {sorted(granted - used)}"
     with contextlib.closing(server.new_client(username=user, password=password)) as client:
         for command in (
             ("GET", "alheia"),
@@ -353,11 +353,3 @@ def test_acl_line_of_the_readme(start_tls, certificates, start_proxy, connect, s
         ):
             with pytest.raises(redis.exceptions.NoPermissionError):
                 client.execute_command(*command)
-
-
-def test_acl_line_is_the_same_in_both_readmes():
-    """Os dois README dão a mesma linha de ACL, uma vez cada."""
-    other = (harness.root / "README.en.md").read_text(encoding="utf-8")
-    lines_found = [re.findall(r"^ACL SETUSER .*$", text, re.MULTILINE) for text in (readme, other)]
-    strip = [[re.sub(r">\S+", ">", line) for line in found] for found in lines_found]
-    assert strip[0] == strip[1] and len(strip[0]) == 1, lines_found
