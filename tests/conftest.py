@@ -13,9 +13,10 @@ import types
 import hypothesis
 import pytest
 
-pytest.register_assert_rewrite("harness")
+pytest.register_assert_rewrite("harness", "support")
 
 import harness
+import support
 
 # O nohup e o & de um shell entregam ignorados os sinais que o programa, então, manteria assim.
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
@@ -312,6 +313,27 @@ def warm_up(proxy):
         assert conn.request("GET", "/ping").response().body() == b"pong"
     harness.eventually(lambda: proxy.sockets() <= start, 5, "soquetes em repouso")
     proxy.rest = proxy.sockets()
+
+
+@pytest.fixture
+def stack():
+    """O que fecha ao fim da prova; para durar mais que os proxies, peça-o antes deles.
+
+    Retorno:
+        Um contextlib.ExitStack.
+    """
+    with contextlib.ExitStack() as made:
+        yield made
+
+
+@pytest.fixture
+def supervisor(stack):
+    """O systemd de um proxy.
+
+    Retorno:
+        Um support.supervisor.
+    """
+    return stack.enter_context(contextlib.closing(support.supervisor()))
 
 
 @pytest.fixture

@@ -48,9 +48,6 @@ default_prefix = "ndjson_task_"
 default_list_prefix = "ndjson_list_"
 default_db = 1
 
-# Linha de configuração do Redis que nega o rastreamento de chaves (CLIENT TRACKING) e nada mais.
-no_tracking = "user default on nopass ~* &* +@all -client|tracking"
-
 # Linha de configuração do Redis que retira o comando CLIENT por inteiro.
 no_client_command = 'rename-command CLIENT ""'
 
@@ -114,6 +111,13 @@ def free_port():
                 continue
             return port
     raise AssertionError("nenhuma porta livre")
+
+
+def accepts(port, host="127.0.0.1"):
+    """Diz se alguém aceita conexões numa porta. Argumentos: port, a porta; host, o endereço. Retorno: bool."""
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 5):
+        return True
+    return False
 
 
 def redis_binary():
@@ -576,6 +580,10 @@ class proxy_process(background):
         """Conta os soquetes abertos pelo proxy (int)."""
         return len(socket_inodes(self.pid))
 
+    def descriptors(self):
+        """Conta os descritores abertos do proxy (int)."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
     def threads(self):
         """Conta as linhas de execução do proxy (int)."""
         return len(os.listdir(f"/proc/{self.pid}/task"))
@@ -783,14 +791,7 @@ class response:
             raise broken(f"conexão fechada em meio a {self.state} ({when}); recebido: {got!r} + {self.pending!r}")
 
     def read_head(self, when):
-        """Lê o cabeçalho, se já está inteiro.
-
-        Argumentos:
-            when: instante monotônico da chegada.
-
-        Retorno:
-            Verdadeiro se avançou.
-        """
+        """Lê o cabeçalho, se já está inteiro. Argumentos: when, o instante da chegada. Retorno: verdadeiro se avançou."""
         head, mark_end, rest = self.buffer.partition(b"\r\n\r\n")
         if not mark_end:
             return False
@@ -832,14 +833,7 @@ class response:
             self.ended = self.left == 0
 
     def read_size(self, when):
-        """Lê a linha de tamanho de um pedaço.
-
-        Argumentos:
-            when: instante monotônico da chegada.
-
-        Retorno:
-            Verdadeiro se avançou.
-        """
+        """Lê a linha de tamanho de um pedaço. Argumentos: when, o instante da chegada. Retorno: verdadeiro se avançou."""
         line, mark_end, rest = self.buffer.partition(b"\r\n")
         if not mark_end:
             return False
@@ -851,14 +845,7 @@ class response:
         return True
 
     def read_chunk(self, when):
-        """Lê o conteúdo de um pedaço, se já está inteiro.
-
-        Argumentos:
-            when: instante monotônico da chegada.
-
-        Retorno:
-            Verdadeiro se avançou.
-        """
+        """Lê o conteúdo de um pedaço, se já está inteiro. Argumentos: when, o instante da chegada. Retorno: verdadeiro se avançou."""
         if len(self.buffer) < self.left + 2:
             return False
         if self.buffer[self.left : self.left + 2] != b"\r\n":
@@ -870,14 +857,7 @@ class response:
         return True
 
     def read_trailer(self, when):
-        """Lê o fim do corpo em pedaços (sem campos depois dele).
-
-        Argumentos:
-            when: instante monotônico da chegada.
-
-        Retorno:
-            Verdadeiro se avançou.
-        """
+        """Lê o fim do corpo em pedaços (sem campos depois dele). Argumentos: when, o instante da chegada. Retorno: verdadeiro se avançou."""
         if len(self.buffer) < 2:
             return False
         if not self.buffer.startswith(b"\r\n"):
@@ -887,14 +867,7 @@ class response:
         return True
 
     def read_raw(self, when):
-        """Lê um corpo sem pedaços.
-
-        Argumentos:
-            when: instante monotônico da chegada.
-
-        Retorno:
-            Verdadeiro se avançou.
-        """
+        """Lê um corpo sem pedaços. Argumentos: when, o instante da chegada. Retorno: verdadeiro se avançou."""
         data = self.buffer if self.left is None else self.buffer[: self.left]
         self.buffer = self.buffer[len(data) :]
         if self.left is not None:

@@ -7,7 +7,6 @@ import re
 import pytest
 
 import harness
-import support
 
 token = "um-token.De_prova~1+2/3="
 other = "outro#token$de%prova"
@@ -325,11 +324,3 @@ def test_redis_url_in_the_process_list(start_redis, start_proxy, connect):
     assert "proxy:segredo" not in proxy.log()
     quiet = start_proxy("-R", f"redis://{server.address}", redis=server)
     assert "aviso" not in quiet.log()
-
-
-def test_task_of_an_open_proxy_keeps_its_headers(share_proxy, connect, worker):
-    """Sem AUTH_TOKEN nada muda: qualquer um entra, e os cabeçalhos vão inteiros."""
-    response, task = support.open_stream(connect, share_proxy(), worker, "GET", "/", bearer("qualquer"))
-    assert task.info["headers"]["Authorization"] == "Bearer qualquer"
-    task.finish()
-    assert response.lines() == []

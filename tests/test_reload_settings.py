@@ -1,6 +1,5 @@
 """O que muda com a recarga, o que a recusa, o programa de outra versão, o que o systemd vê, e os streams à vista."""
 
-import contextlib
 import json
 import os
 import re
@@ -23,32 +22,12 @@ shutdown_line = {"error": "shutdown"}
 
 
 @pytest.fixture
-def stack():
-    """O que fecha ao fim da prova, depois dos proxies. Retorno: um contextlib.ExitStack."""
-    with contextlib.ExitStack() as made:
-        yield made
-
-
-@pytest.fixture
-def supervisor(stack):
-    """O systemd. Retorno: um support.supervisor."""
-    return stack.enter_context(contextlib.closing(support.supervisor()))
-
-
-@pytest.fixture
 def own_program(tmp_path, monkeypatch):
     """Faz dos proxies desta prova cópias que se podem mudar. Retorno: o caminho da cópia (pathlib.Path)."""
     copy = tmp_path / harness.program.name
     shutil.copy(harness.program, copy)
     monkeypatch.setattr(harness, "program", copy)
     return copy
-
-
-def refused(port):
-    """Diz se uma porta recusa conexões. Argumentos: port. Retorno: bool."""
-    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 5):
-        return False
-    return True
 
 
 def fetched(port, path="/metrics"):
@@ -120,7 +99,7 @@ def test_port_changes(start_proxy, host, connect, worker, redis_main):
     proxy = start_proxy(env_file=settings.format(old), wrapper=from_file)
     pairs = support.open_streams(connect, proxy, worker, 2)
     proxy.reload(settings.format(new))
-    assert proxy.port == new and refused(old)
+    assert proxy.port == new and not harness.accepts(old)
     lives_on(pairs)
     end([*pairs, support.open_stream(connect, proxy, worker)])
 
@@ -155,9 +134,9 @@ def test_metrics_port_comes_changes_and_goes(start_proxy, connect, worker):
     proxy.reload(f"METRICS_PORT={one}\n")
     assert measures(one)["ndjson_proxy_streams", ()] == 1
     proxy.reload(f"METRICS_PORT={two}\n")
-    assert measures(two)["ndjson_proxy_streams", ()] == 1 and refused(one)
+    assert measures(two)["ndjson_proxy_streams", ()] == 1 and not harness.accepts(one)
     proxy.reload("")
-    assert refused(two)
+    assert not harness.accepts(two)
     end(pairs)
 
 
@@ -302,7 +281,7 @@ def test_kept_listener_is_taken_back(start_proxy, host, connect, worker, redis_m
     if same:
         assert early.response().body() == b"pong"
     else:
-        harness.eventually(lambda: refused(port), 5, "socket que não serve fechado")
+        harness.eventually(lambda: not harness.accepts(port), 5, "socket que não serve fechado")
     pairs = [support.open_stream(connect, proxy, worker)]
     proxy.reload()
     end([*pairs, support.open_stream(connect, proxy, worker)])

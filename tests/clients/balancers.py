@@ -9,7 +9,6 @@ import pathlib
 import re
 import shutil
 
-import browser
 import harness
 
 examples = harness.root / "packaging" / "examples"
@@ -78,7 +77,7 @@ class balancer(harness.background):
     def listens(self):
         """Diz se já aceita conexões (bool); falha se o processo saiu."""
         assert self.alive(), f"{self.program} saiu com {self.process.returncode}:\n{self.log()}{self.output()}"
-        return browser.accepts(self.port)
+        return harness.accepts(self.port)
 
     def path(self):
         """Acha o executável, que no Debian pode estar fora do PATH de quem não é root.
@@ -114,11 +113,7 @@ class nginx(balancer):
     timeout_form = "proxy_read_timeout {}s"
 
     def command(self):
-        """Monta a linha de comando.
-
-        Retorno:
-            Lista de str.
-        """
+        """Monta a linha de comando. Retorno: lista de str."""
         text = pathlib.Path("/etc/nginx/nginx.conf").read_text(encoding="utf-8")
         text = re.sub(r"^(user|pid|error_log|worker_processes)\b.*;", "", text, flags=re.MULTILINE)
         text = re.sub(r"^\s*(access_log|include /etc/nginx/sites-enabled).*;", "", text, flags=re.MULTILINE)
@@ -139,11 +134,7 @@ class haproxy(balancer):
     timeout_form = "timeout server {}s"
 
     def command(self):
-        """Monta a linha de comando.
-
-        Retorno:
-            Lista de str.
-        """
+        """Monta a linha de comando. Retorno: lista de str."""
         text = pathlib.Path("/etc/haproxy/haproxy.cfg").read_text(encoding="utf-8")
         text = re.sub(r"^\s*(log /dev/log|chroot|stats|user|group|daemon)\b.*$", "", text, flags=re.MULTILINE)
         main = self.folder / "main.cfg"
@@ -171,11 +162,7 @@ class apache(balancer):
         return {f"APACHE_{name}": str(value) for name, value in (names | account).items()}
 
     def command(self):
-        """Monta a linha de comando.
-
-        Retorno:
-            Lista de str.
-        """
+        """Monta a linha de comando. Retorno: lista de str."""
         text = pathlib.Path("/etc/apache2/apache2.conf").read_text(encoding="utf-8")
         modules = "".join(
             f"Include mods-available/{name}\n" for name in ("proxy.load", "proxy.conf", "proxy_http.load")
@@ -205,11 +192,7 @@ class caddy(balancer):
         return {**dict.fromkeys(names, str(self.folder)), "CADDY_ADMIN": f"unix/{self.folder}/admin"}
 
     def command(self):
-        """Monta a linha de comando.
-
-        Retorno:
-            Lista de str.
-        """
+        """Monta a linha de comando. Retorno: lista de str."""
         return [self.path(), "run", "--adapter", "caddyfile", "--config", str(self.file)]
 
 

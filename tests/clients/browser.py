@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import socket
 import sys
 
 import playwright.sync_api
@@ -42,20 +41,6 @@ def open_browser():
             browser.close()
 
 
-def accepts(port):
-    """Diz se alguém aceita conexões numa porta daqui.
-
-    Argumentos:
-        port: a porta.
-
-    Retorno:
-        Verdadeiro se aceita.
-    """
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-        return True
-    return False
-
-
 class file_site(harness.background):
     """Um servidor HTTP de arquivos, numa porta própria: outra origem que não a do proxy."""
 
@@ -79,7 +64,7 @@ class file_site(harness.background):
         """
         where = ["--bind", "127.0.0.1", "--directory", str(self.root), str(self.port)]
         self.spawn([sys.executable, "-m", "http.server", *where], harness.base_environment())
-        harness.eventually(lambda: accepts(self.port), 10, "o servidor de arquivos escutar")
+        harness.eventually(lambda: harness.accepts(self.port), 10, "o servidor de arquivos escutar")
         return self
 
     def stop(self):

@@ -310,9 +310,9 @@ def measure(proxy, server, people):
     with contextlib.closing(server.new_client()) as client:
         keys = client.dbsize()
     return {
-        "memory": peers.memory(proxy.pid),
+        "memory": proxy.memory(),
         "threads": proxy.threads(),
-        "descriptors": peers.descriptors(proxy.pid),
+        "descriptors": proxy.descriptors(),
         "keys": keys,
         "streams": people.streams if people else 0,
     }

@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import pathlib
-import re
 import resource
 import selectors
 import socket
@@ -354,31 +353,6 @@ def spread(times):
     return f"{len(times)} medidas, mediana {statistics.median(times) * 1000:.1f} ms, maior {max(times) * 1000:.1f} ms"
 
 
-def memory(pid):
-    """Mede a memória que um processo ocupa por conta própria (PSS).
-
-    Argumentos:
-        pid: número do processo.
-
-    Retorno:
-        KiB (int).
-    """
-    text = pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return int(re.search(r"^Pss:\s+(\d+)", text, re.MULTILINE)[1])
-
-
-def descriptors(pid):
-    """Conta os descritores abertos de um processo.
-
-    Argumentos:
-        pid: número do processo.
-
-    Retorno:
-        Quantos (int).
-    """
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
 def processor(pid):
     """Lê o tempo de processador gasto por um processo.
 
@@ -418,7 +392,7 @@ def warm(proxy, count=4):
 
     def still():
         """Diz se as linhas de execução voltaram e os descritores não mudam há dez medidas."""
-        seen.append(descriptors(proxy.pid))
+        seen.append(proxy.descriptors())
         return proxy.threads() <= threads and len(seen) > 10 and len(set(seen[-10:])) == 1
 
     harness.eventually(still, 15, "proxy em repouso")
@@ -442,7 +416,7 @@ def settle(proxy, rest, seconds=15.0):
 
     def seen():
         """Diz o que há agora e o que devia haver (str), ou vazio se está em repouso."""
-        now = proxy.threads(), descriptors(proxy.pid)
+        now = proxy.threads(), proxy.descriptors()
         return (
             f"{now} (linhas de execução, descritores); em repouso, {rest}"
             if now[0] > rest[0] or now[1] > rest[1]

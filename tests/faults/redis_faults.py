@@ -434,7 +434,7 @@ class feeder(threading.Thread):
         draw = random.Random(seed)
         while self.edges[-1] < total:
             self.edges.append(min(total, self.edges[-1] + draw.choice((1, 1, 1, 2, 3, 8))))
-        self.round, self.retries = 0, 0
+        self.round = 0
         self.halt = threading.Event()
         self.done = False
 
@@ -448,7 +448,6 @@ class feeder(threading.Thread):
                     client.delete(*[task.key for task in self.tasks], self.mark)
                     self.done = True
             except (redis.RedisError, OSError):
-                self.retries += 1
                 self.halt.wait(0.02)
 
     def push(self, client):

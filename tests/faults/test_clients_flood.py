@@ -129,7 +129,7 @@ def starved(proxy, spare):
         spare: quantos ele ainda pode abrir.
     """
     old = resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (peers.descriptors(proxy.pid) + spare, old[1]))
+    resource.prlimit(proxy.pid, resource.RLIMIT_NOFILE, (proxy.descriptors() + spare, old[1]))
     try:
         yield
     finally:

@@ -157,12 +157,12 @@ def test_half_open(count, start_proxy, host, connect, worker):
     proxy = start_proxy("--request-timeout", round(deadline * 1000), "--max-streams", 2)
     rest = peers.warm(proxy)
     calm = peers.ping_times(proxy.port, 0.5)
-    before = peers.memory(proxy.pid)
+    before = proxy.memory()
     with dribbling(proxy.port, count, list(kinds)) as made:
         began = time.monotonic()
         pairs = support.open_streams(connect, proxy, worker, 2)
         busy = peers.ping_times(proxy.port, deadline * 0.6, pace=0.02)
-        used = peers.memory(proxy.pid) - before
+        used = proxy.memory() - before
         peers.say(
             f"{count} pedidos pela metade ({host}): /ping antes, {peers.spread(calm)}; durante, {peers.spread(busy)}; "
             f"{used} KiB a mais"

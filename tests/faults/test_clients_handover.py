@@ -38,7 +38,7 @@ def test_bytes_after_the_request(start_proxy, host, connect, worker):
     streaming, e não esconde a saída dele."""
     proxy = start_proxy("-P", 0)
     peers.warm(proxy)
-    before = peers.memory(proxy.pid)
+    before = proxy.memory()
     talks = [connect(proxy), connect(proxy)]
     pairs = []
     for conn in talks:
@@ -58,7 +58,7 @@ def test_bytes_after_the_request(start_proxy, host, connect, worker):
                 response.conn.sock.sendall(b"x" * 2**20)
         task.push("depois")
         assert response.line(3) == b"depois"
-    grown = peers.memory(proxy.pid) - before
+    grown = proxy.memory() - before
     assert grown < 16384, f"{grown} KiB a mais"
     (response, task), (other, other_task) = pairs
     task.finish("fim")

@@ -170,7 +170,7 @@ def test_endless_chunk_line(start_proxy, host, connect, worker):
     ainda chega além de MAX_BODY."""
     proxy = start_proxy("--request-timeout", 1500, "--max-body", 2**20)
     peers.warm(proxy)
-    before = peers.memory(proxy.pid)
+    before = proxy.memory()
     for name, (start, rest) in endless.items():
         conn = connect(proxy).request("POST", "/", [("Transfer-Encoding", "chunked")])
         piece = (rest * 65536)[:65536]
@@ -181,7 +181,7 @@ def test_endless_chunk_line(start_proxy, host, connect, worker):
             for number in range(storm // len(piece)):
                 conn.send(piece)
                 if number % 32 == 0:
-                    grown = max(grown, peers.memory(proxy.pid) - before)
+                    grown = max(grown, proxy.memory() - before)
         assert grown < storm // 4096, f"{name}: {grown} KiB a mais"
         conn.close()
     worker.idle()

@@ -116,14 +116,14 @@ def test_readers_that_never_read(count, patience, start_proxy, host, connect, wo
     proxy = start_proxy("-P", 0, "-t", 600000)
     rest = peers.warm(proxy)
     response, task = support.open_stream(connect, proxy, worker)
-    before, calm = peers.memory(proxy.pid), latencies(response, task, 60)
+    before, calm = proxy.memory(), latencies(response, task, 60)
     with contextlib.ExitStack() as stack:
         for number in range(count):
             stack.callback(deaf(proxy.port, number).close)
         tasks = [worker.next() for _ in range(count)]
         began = time.monotonic()
         left = fill(tasks)
-        busy, used = latencies(response, task, 60), peers.memory(proxy.pid) - before
+        busy, used = latencies(response, task, 60), proxy.memory() - before
         peers.say(
             f"{count} leitores parados com {waiting} MB cada ({host}): {used} KiB a mais no proxy ({used // count} por leitor); "
             f"no Redis restam de {min(left)} a {max(left)} das {lines} linhas"

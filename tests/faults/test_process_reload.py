@@ -168,14 +168,14 @@ def test_silent_streams(count, start_proxy, host, connect, worker):
     pairs = redis_faults.open_many(connect, proxy, worker, count)
     proxy.reload()
     peers.warm(proxy)
-    memory, opened, took = peers.memory(proxy.pid), peers.descriptors(proxy.pid), []
+    memory, opened, took = proxy.memory(), proxy.descriptors(), []
     for _ in range(peers.scale(3, 100)):
         began = time.monotonic()
         proxy.reload()
         took.append(time.monotonic() - began)
     peers.warm(proxy)
-    harness.eventually(lambda: peers.descriptors(proxy.pid) <= opened, 10, f"no máximo {opened} descritores")
-    grown = peers.memory(proxy.pid) - memory
+    harness.eventually(lambda: proxy.descriptors() <= opened, 10, f"no máximo {opened} descritores")
+    grown = proxy.memory() - memory
     peers.say(f"{count} streams calados ({host}): {len(took)} recargas de {min(took):.2f} a {max(took):.2f} s; sem nenhum, "
               f"{empty:.2f} s; {grown} KiB e nenhum descritor a mais")
     assert grown < memory * 0.1 + 8192

@@ -143,9 +143,9 @@ def test_stderr_that_nobody_reads(count, pipe, start_with_stderr, connect, worke
     proxy = start_with_stderr(writer, "--drain", 300, "-P", 0)
     drain(reader, b"pronto: ")
     fill(writer)
-    before = peers.memory(proxy.pid)
+    before = proxy.memory()
     assert_serves(proxy, connect, worker, count)
-    used = peers.memory(proxy.pid) - before
+    used = proxy.memory() - before
     peers.say(f"memória do proxy com o log preso: {used} KiB a mais")
     assert used < 32768
     response, task = support.open_stream(connect, proxy, worker)
