@@ -11,6 +11,7 @@ import pytest
 
 import balancers
 import harness
+import support
 
 # Prazo de silêncio das provas que o esgotam, em segundos: o de um minuto dos arquivos entregues, encurtado.
 patience = 2
@@ -32,18 +33,6 @@ def name(request):
     return request.param
 
 
-def end_row(proxy):
-    """Espera a linha de log do fim da única tarefa de um proxy.
-
-    Argumentos:
-        proxy: o proxy.
-
-    Retorno:
-        Dicionário dos campos dela.
-    """
-    return harness.eventually(lambda: [row for row in proxy.tasks() if "fim" in row], 5, "a linha de fim")[0]
-
-
 def body_so_far(answer):
     """Junta os bytes do corpo que já chegaram, os de um pedaço ainda aberto inclusive.
 
@@ -63,12 +52,9 @@ def body_so_far(answer):
 def test_lines_one_at_a_time(name, host, start_proxy, start_balancer, connect, worker):
     """Os cabeçalhos chegam antes da primeira linha, e cada linha antes que a seguinte seja empurrada, grande ou pequena."""
     front = start_balancer(name, start_proxy())
-    conn = connect(front.port).request("POST", "/a%2Fb//%C3%A7?x=%201", {"Content-Type": "text/plain"}, "Olá")
-    task = worker.next()
+    asked = ("POST", "/a%2Fb//%C3%A7?x=%201", {"Content-Type": "text/plain"}, "Olá")
+    answer, task = support.open_stream(connect, front, worker, *asked)
     assert (task.info["path"], task.info["query"], task.info["body"]) == ("/a%2Fb//%C3%A7", "x=%201", "Olá")
-    answer = conn.response()
-    assert answer.status == 200
-    assert answer.header("X-Task-Name") == task.name
     assert answer.header("Content-Type") == "application/x-ndjson; charset=utf-8"
     assert answer.header("Cache-Control") == "no-cache, no-transform"
     assert len(answer.header_all("Server")) == 1
@@ -77,7 +63,7 @@ def test_lines_one_at_a_time(name, host, start_proxy, start_balancer, connect, w
     for text in ("{}", '{"n": 1}', json.dumps("ç" * 100000), '"depois da grande"', *map(str, range(20))):
         task.push(text)
         expected += text.encode() + b"\n"
-        conn.read_until(lambda: len(body_so_far(answer)) >= len(expected), 10, "a linha empurrada")  # noqa: B023
+        answer.conn.read_until(lambda: len(body_so_far(answer)) >= len(expected), 10, "a linha empurrada")  # noqa: B023
         assert body_so_far(answer) == expected
     task.finish("5", "6")
     assert answer.body() == expected + b"5\n6\n"
@@ -131,10 +117,8 @@ def test_caddy_encodes(start_proxy, start_balancer, connect, worker):
 def test_killed_proxy(name, start_proxy, start_balancer, connect, worker):
     """O proxy que morre no meio é uma conexão perdida para o cliente; atrás do Caddy, um fim como os outros."""
     proxy = start_proxy()
-    conn = connect(start_balancer(name, proxy).port).request()
-    task = worker.next()
+    answer, task = support.open_stream(connect, start_balancer(name, proxy), worker)
     task.push("1")
-    answer = conn.response()
     assert answer.line() == b"1"
     proxy.expected_status = -signal.SIGKILL
     proxy.kill()
@@ -149,9 +133,7 @@ def test_killed_proxy(name, start_proxy, start_balancer, connect, worker):
 def test_compressed_answers_are_refused(name, start_proxy, start_balancer, connect, worker):
     """Um navegador aceita resposta comprimida: ela não vem, e as linhas chegam uma a uma."""
     front = start_balancer(name, start_proxy())
-    conn = connect(front.port).request("POST", "/", {"Accept-Encoding": "gzip, deflate, br, zstd"})
-    task = worker.next()
-    answer = conn.response()
+    answer, task = support.open_stream(connect, front, worker, headers={"Accept-Encoding": "gzip, deflate, br, zstd"})
     assert answer.header("Content-Encoding") is None
     for number in range(3):
         task.push(str(number))
@@ -172,9 +154,7 @@ def open_through_all(proxy, start_balancer, connect, worker):
     """
     opened = []
     for name in balancers.kinds:
-        conn = connect(start_balancer(name, proxy, timeout=patience).port).request()
-        task = worker.next()
-        answer = conn.response()
+        answer, task = support.open_stream(connect, start_balancer(name, proxy, timeout=patience), worker)
         task.push("1")
         # Um batimento pode ter chegado antes.
         while (line := answer.line()) != b"1":
@@ -215,17 +195,14 @@ def test_silence_survives_with_heartbeat(start_proxy, start_balancer, connect, w
 def test_client_leaves(name, way, start_proxy, start_balancer, connect, worker):
     """O cliente sai no meio de um silêncio e o proxy nota: sozinho, ou no HEARTBEAT seguinte."""
     proxy = start_proxy(*(() if name in watchful else ("--heartbeat", "200")))
-    front = start_balancer(name, proxy)
-    conn = connect(front.port).request()
-    task = worker.next()
-    answer = conn.response()
+    answer, task = support.open_stream(connect, start_balancer(name, proxy), worker)
     task.push("1")
     # Um batimento pode ter chegado antes.
     while (line := answer.line()) != b"1":
         assert json.loads(line) == ping
-    getattr(conn, way)()
+    getattr(answer.conn, way)()
     task.gone(10)
-    row = end_row(proxy)
+    row = support.finished_row(proxy, task)
     assert (row["fim"], row["linhas"]) == ("cliente", "1")
 
 
@@ -233,12 +210,10 @@ def test_client_leaves_without_heartbeat(start_proxy, start_balancer, connect, w
     """Atrás do Apache e do HAProxy, sem HEARTBEAT, quem saiu é notado nas linhas seguintes do worker."""
     proxy = start_proxy("--pause", "0")
     for name in sorted(set(balancers.kinds) - watchful):
-        front = start_balancer(name, proxy)
-        conn = connect(front.port).request()
-        task = worker.next()
+        answer, task = support.open_stream(connect, start_balancer(name, proxy), worker)
         task.push("1")
-        assert conn.response().line() == b"1"
-        conn.close()
+        assert answer.line() == b"1"
+        answer.conn.close()
 
         def push_until_gone(task=task):
             """Empurra mais uma linha, se a tarefa vive; diz se ela acabou (bool)."""
@@ -280,7 +255,7 @@ def test_forwarded_for_is_trusted(name, start_proxy, start_balancer, connect, wo
     proxy = start_proxy(env={"TRUST_PROXY": "1"})
     address, _ = forwarded(start_balancer(name, proxy), connect, worker)
     assert address == "127.0.0.9"
-    assert end_row(proxy)["cliente"] == "127.0.0.9"
+    proxy.wait_log(r"cliente=127\.0\.0\.9 .*fim=")
 
 
 def test_forwarded_for_through_two(start_proxy, start_balancer, connect, worker):
@@ -352,7 +327,7 @@ def test_path_of_a_site_with_tls(name, certificate, start_proxy, start_balancer,
         assert answer.line() == str(number).encode()
     task.finish("fim")
     assert answer.lines() == [b"fim"]
-    assert end_row(proxy)["cliente"] == "127.0.0.9"
+    assert support.finished_row(proxy, task)["cliente"] == "127.0.0.9"
 
 
 def test_errors_pass_through(name, host, start_proxy, start_balancer, connect, worker):
@@ -360,14 +335,13 @@ def test_errors_pass_through(name, host, start_proxy, start_balancer, connect, w
     proxy = start_proxy("--max-streams", "1", "--cors-origin", "https://a.test")
     front = start_balancer(name, proxy)
     origin = {"Origin": "https://a.test"}
-    busy = connect(front.port).request()
-    task = worker.next()
+    busy, task = support.open_stream(connect, front, worker)
     full = connect(front.port).request("POST", "/", origin).response()
     assert (full.status, full.header("Retry-After")) == (503, "5")
     assert full.header("Access-Control-Allow-Origin") == "https://a.test"
     assert full.json()["error"] == "too_many_streams"
     task.finish()
-    busy.response().lines()
+    busy.lines()
     # Maior que MAX_BODY e menor que o limite do nginx.conf entregue.
     large = connect(front.port)
     # Quem recusa pelo tamanho anunciado não lê o resto, e fecha; a resposta já está aqui.
@@ -480,9 +454,7 @@ def line_times(front, connect, worker):
     Retorno:
         A mediana, em segundos.
     """
-    conn = connect(front.port).request()
-    task = worker.next()
-    answer = conn.response()
+    answer, task = support.open_stream(connect, front, worker)
     times = []
     for _ in range(10):
         began = time.monotonic()
