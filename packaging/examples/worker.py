@@ -4,21 +4,25 @@
 Só precisa de redis-py e python-dotenv. Lê REDIS_SERVER, REDIS_PASSWORD, REDIS_CHANNEL e
 REDIS_QUEUE do ambiente e dos arquivos de ENV_FILE (/etc/py-ndjson-proxy.env), como o proxy.
 Com REDIS_QUEUE, tira as tarefas dessa lista, no lugar de ouvir o canal: nenhuma se perde
-por não haver um worker ouvindo, e só um a recebe. Para fazer o seu worker, troque a função
-answer().
+por não haver um worker ouvindo, e só um a recebe. Num cluster://, um só canal traz as tarefas
+de todas as tags. Para fazer o seu worker, troque a função answer().
 """
 import argparse
+import contextlib
 import json
 import os
+import random
 import signal
 import sys
 import threading
 import time
+import urllib.parse
 import uuid
 
 import dotenv
 import redis
 import redis.backoff
+import redis.cluster
 import redis.retry
 
 
@@ -56,9 +60,14 @@ parallel = 16                   # tarefas da fila ao mesmo tempo neste processo
 DELAY = 0.3                     # segundos entre as palavras (--delay)
 expiry = 600                    # segundos; nada do que o worker cria dura mais que isso
 stopping = threading.Event()    # o sinal de término só levanta esta bandeira
-# O que passa sozinho: a queda, e o Redis que troca de mestre.
-passing = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError,
-           redis.exceptions.ReadOnlyError, redis.exceptions.ClusterDownError)
+# O que passa sozinho: a queda, o Redis que troca de mestre, e as chaves que mudam de nó (MOVED é um ASK).
+passing = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, redis.exceptions.ReadOnlyError,
+           redis.exceptions.ClusterDownError, redis.exceptions.AskError, redis.exceptions.TryAgainError,
+           redis.exceptions.RedisClusterException)
+# Sem repetição automática: um RPUSH que rodou e cuja resposta se perdeu rodaria de novo, e o cliente receberia a linha
+# duas vezes (o redis-py repete desde a 6.0). E no RESP2, que todo servidor fala (o redis-py 8 pediria o RESP3).
+options = {"retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0), "socket_timeout": 10, "health_check_interval": 15,
+           "max_connections": 10000} | ({"protocol": 2} if int(redis.__version__.partition(".")[0]) >= 5 else {})
 
 
 def answer(task):
@@ -77,16 +86,50 @@ def answer(task):
     yield {"type": "end"}
 
 
-def persist(action):
-    """Chama action(again) até o Redis responder (again: é repetição?). Retorna o que ela retornar."""
+def parse_server():
+    """Lê REDIS_SERVER. Retorna o endereço sem senha, e a função que o abre: um redis.Redis ou um RedisCluster."""
+    if REDIS_SERVER.startswith("cluster://"):
+        access, _, nodes = REDIS_SERVER.removeprefix("cluster://").rpartition("@")
+        user, _, password = map(urllib.parse.unquote, access.partition(":"))
+        seeds = [urllib.parse.urlsplit("//" + node) for node in nodes.split(",")]
+        seeds = [(seed.hostname, seed.port or 6379) for seed in seeds]
+        return nodes, lambda: redis.cluster.RedisCluster(
+            startup_nodes=[redis.cluster.ClusterNode(*seed) for seed in seeds], require_full_coverage=False,
+            username=user or None, password=REDIS_PASSWORD or password or None, **options)
+    link = redis.Redis.from_url(REDIS_SERVER if "://" in REDIS_SERVER else "redis://" + REDIS_SERVER, **options)
+    used = link.connection_pool.connection_kwargs
+    if REDIS_PASSWORD:              # vale mais que a senha da URL, como no proxy
+        used["password"] = REDIS_PASSWORD
+    where = used.get("path") or f"{used.get('host', 'localhost')}:{used.get('port', 6379)}"
+    return f"{where}/{used.get('db', 0)}", lambda: link
+
+
+def keeper(link, key):
+    """Dá a conexão com quem guarda key: num cluster, um dos nós, e qualquer um se key é None. Retorna um redis.Redis."""
+    if isinstance(link, redis.Redis):
+        return link
+    node = link.get_node_from_key(key) if key else random.choice(link.get_nodes())
+    return link.get_redis_connection(node)
+
+
+def look_again(link):
+    """Pergunta ao cluster, se link é de um, que nó guarda o quê. Sem retorno."""
+    if not isinstance(link, redis.Redis):
+        with contextlib.suppress(redis.exceptions.RedisError, redis.exceptions.RedisClusterException):
+            link.nodes_manager.initialize()
+
+
+def persist(link, key, action):
+    """Chama action(conexão com quem guarda key, é repetição?) até o Redis responder. Retorna o que ela retornar."""
     pause, again = 0.25, False
     while True:
         try:
-            return action(again)
+            return action(keeper(link, key), again)
         except passing:
             if stopping.wait(pause):
                 raise
             pause, again = min(pause * 2, 8), True
+            look_again(link)
 
 
 def lines(task):
@@ -108,40 +151,40 @@ def serve(link, task_key):
         # PUBLISH chega a todos os workers; SET NX deixa passar um só. O valor da posse
         # (dono:linhas) conta o que já foi gravado, caso a conexão caia sem resposta.
         mark = f"{owner}:0".encode()
-        if not persist(lambda again: link.set(claim, mark, nx=True, ex=expiry)
-                       or again and link.get(claim) == mark):
+        if not persist(link, task_key, lambda node, again: node.set(claim, mark, nx=True, ex=expiry)
+                       or again and node.get(claim) == mark):
             return
-        text = persist(lambda again: link.get(task_key))
+        text = persist(link, task_key, lambda node, again: node.get(task_key))
         if text is None:            # o cliente já desistiu
             return
         task = json.loads(text)
         for number, line in enumerate(lines(task), 1):
             mark = f"{owner}:{number}".encode()
 
-            def push(again, mark=mark, line=line):
-                """Empurra a linha; again diz que é uma repetição. Retorna se a tarefa ainda existe."""
-                if again and link.get(claim) == mark:
+            def push(node, again, mark=mark, line=line):
+                """Empurra a linha em node; again diz que é uma repetição. Retorna se a tarefa ainda existe."""
+                if again and node.get(claim) == mark:
                     return True     # a linha foi gravada; só a resposta se perdeu
                 # Em transação, o proxy não apaga nada entre o EXISTS e o RPUSH; e o
                 # EXPIRE dá fim à lista mesmo que este processo morra aqui.
-                with link.pipeline(transaction=True) as batch:
+                with node.pipeline(transaction=True) as batch:
                     batch.exists(task_key).rpush(task["task_list"], line)
                     batch.expire(task["task_list"], expiry).set(claim, mark, ex=expiry)
                     return batch.execute()[0]
 
-            if not persist(push):   # a chave sumiu: o cliente saiu, ou esgotou o tempo;
-                link.delete(task["task_list"])      # nosso RPUSH recriou a lista, sem leitor
+            if not persist(link, task_key, push):   # a chave sumiu: o cliente saiu, ou esgotou o tempo;
+                keeper(link, task_key).delete(task["task_list"])     # nosso RPUSH recriou a lista, sem leitor
                 log(f"tarefa {task['task_name']}: acabou no proxy antes da linha {number}")
                 return
-        persist(lambda again: link.delete(task_key))    # "acabou"; a lista o proxy ainda lê
+        persist(link, task_key, lambda node, again: node.delete(task_key))  # "acabou"; a lista o proxy ainda lê
         log(f"tarefa {task['task_name']}: {number} linhas")
-    except (redis.exceptions.RedisError, ValueError, KeyError) as error:
+    except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, ValueError, KeyError) as error:
         log(f"tarefa {task_key.decode(errors='replace')} abandonada: {error}")
 
 
 def published(link):
     """Produz a chave de cada tarefa publicada no canal; None ao assinar."""
-    channel = link.pubsub()
+    channel = keeper(link, None).pubsub()        # num cluster, o que se publica em um nó chega a todos
     try:
         channel.subscribe(REDIS_CHANNEL)
         while not stopping.is_set():
@@ -157,34 +200,38 @@ def published(link):
 
 def queued(link):
     """Produz a chave de cada tarefa tirada da fila, que já não é de mais ninguém; None ao conectar."""
-    link.ping()
+    node = keeper(link, REDIS_QUEUE)
+    node.ping()
     log(f"à espera na fila {REDIS_QUEUE}")
     yield None
     while not stopping.is_set():
         if threading.active_count() > parallel:     # as outras ficam para quem estiver livre
             stopping.wait(0.05)
-        elif popped := link.blpop(REDIS_QUEUE, timeout=1):
+        elif popped := node.blpop(REDIS_QUEUE, timeout=1):
             if stopping.is_set():                   # tirada tarde demais: volta para o seu lugar
-                link.lpush(REDIS_QUEUE, popped[1])
+                node.lpush(REDIS_QUEUE, popped[1])
                 return
-            if link.exists(popped[1]):              # senão, venceu enquanto esperava
+            if node.exists(popped[1]):              # senão, venceu enquanto esperava
                 yield popped[1]
 
 
-def listen(link):
-    """Recebe tarefas pela conexão link e abre uma thread para cada uma, até o término. Sem retorno."""
-    pause = 0
+def listen(connect):
+    """Abre o Redis com connect, recebe tarefas e abre uma thread para cada uma, até o término. Sem retorno."""
+    link, pause = None, 0
     while not stopping.is_set():
         try:
+            link = link or connect()
             for task_key in queued(link) if REDIS_QUEUE else published(link):
                 pause = 0
                 if task_key:
                     threading.Thread(target=serve, args=(link, task_key)).start()
-        except redis.exceptions.RedisError as error:
+        except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
             if not pause:           # uma linha por queda, não uma por tentativa
                 log(f"sem Redis, tentando de novo até conseguir: {error}")
             pause = min(pause * 2 or 0.25, 8)
             stopping.wait(pause)
+            if link:
+                look_again(link)
 
 
 def main():
@@ -196,20 +243,11 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        # Sem repetição automática: um RPUSH que rodou e cuja resposta se perdeu rodaria
-        # de novo, e o cliente receberia a linha duas vezes (o redis-py repete desde a 6.0).
-        link = redis.Redis.from_url(
-            REDIS_SERVER if "://" in REDIS_SERVER else "redis://" + REDIS_SERVER,
-            retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
-            socket_timeout=10, health_check_interval=15, max_connections=10000)
+        shown, connect = parse_server()
     except ValueError:              # a frase do redis-py poderia trazer um pedaço da senha
-        fail("REDIS_SERVER: este worker entende ip:porta/database, redis://, rediss:// e unix://")
-    options = link.connection_pool.connection_kwargs
-    if REDIS_PASSWORD:              # vale mais que a senha da URL, como no proxy
-        options["password"] = REDIS_PASSWORD
-    where = options.get("path") or f"{options.get('host', 'localhost')}:{options.get('port', 6379)}"
-    log(f"Redis em {where}/{options.get('db', 0)}")
-    listen(link)
+        fail("REDIS_SERVER: este worker entende ip:porta/database, redis://, rediss://, unix:// e cluster://")
+    log(f"Redis em {shown}")
+    listen(connect)
 
 
 if __name__ == "__main__":

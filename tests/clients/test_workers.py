@@ -1,5 +1,6 @@
 """Workers de exemplo em Python, Node.js e PHP, com o proxy e Redis de verdade: as linhas, as quedas, o que dizem."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+import cluster
 import harness
 
 queue = "ndjson_fila"
@@ -97,6 +99,72 @@ def test_replica_for_a_while(start_redis, start_proxy, start_example, examples, 
     db.replicaof("NO", "ONE")
     assert [item.get("content") for item in answers(response)] == ["a ", "b ", "c ", "d ", "e ", "f ", None]
     db.flushall()
+
+
+def test_no_hello(start_redis, start_proxy, start_example, examples, fetch):
+    """Um Redis sem HELLO, como os anteriores ao 6: o worker.py fala o protocolo que todos falam."""
+    server = start_redis('rename-command HELLO ""')
+    proxy = start_proxy(redis=server, env={"REDIS_QUEUE": queue})
+    start_example(
+        sys.executable, examples / "worker.py", "--delay", "0", REDIS_SERVER=server.address, REDIS_QUEUE=queue
+    )
+    assert answers(fetch(proxy, "POST", "/", body=body.encode())) == objects
+    server.client().flushall()
+
+
+@pytest.fixture
+def group(tmp_path):
+    """Um Redis Cluster. Retorno: um cluster.cluster."""
+    with contextlib.ExitStack() as stack:
+        yield cluster.cluster(tmp_path / "cluster", stack)
+
+
+def test_cluster(group, start_proxy, start_example, examples, connect, fetch):
+    """Três tags, cada uma num nó, e dois worker.py que as servem por um só canal: cada tarefa tem um só dono. No meio, o
+    lugar de uma tag muda de nó e o nó de outra morre, e nenhum cliente perde ou recebe em dobro uma linha."""
+    tags = [cluster.tag_on(number) for number in range(cluster.masters)]
+    # As mesmas sementes para todos, uma delas morta.
+    address = group.address(harness.free_port(), *group.nodes[1:])
+    proxies = [start_proxy(env={"REDIS_SERVER": address, **cluster.prefixes(tag)}) for tag in tags]
+    command = [sys.executable, examples / "worker.py", "--delay", "0.05"]
+    workers = [start_example(*command, REDIS_SERVER=address) for _ in range(2)]
+    for worker in workers:
+        worker.wait_log("inscrito no canal", 15)
+    words = [f"{number} " for number in range(60)]
+    opened = [
+        connect(proxy).request("POST", "/", body="".join(words)).response() for proxy in proxies for _ in range(4)
+    ]
+    for response in opened:
+        assert response.json_line(20)["type"] == "begin"
+    finish = group.begin_move(tags[0], group.owner(tags[1]))
+    finish()
+    group.wait_copied(tags[2])
+    dead = group.owner(tags[2])
+    dead.kill()
+    group.wait_failover(tags[2], dead)
+    for lines in harness.read_all(opened, 60):
+        found = [json.loads(line).get("content") for line in lines]
+        assert [text for text in found if text] == words, found
+    for response in opened:
+        name = response.header("X-Task-Name")
+        harness.eventually(lambda name=name: any(name in each.log() for each in workers), 5, "fim dito pelo worker")
+        assert sum(each.log().count(f"tarefa {name}: {len(words) + 2} linhas") for each in workers) == 1
+    harness.eventually(lambda: {row["fim"] for proxy in proxies for row in proxy.tasks()} == {"concluida"}, 5, "fins")
+
+
+def test_cluster_queue(group, start_proxy, start_example, examples, fetch):
+    """Num cluster, a fila de uma tag; o nó dela morre, e o worker.py volta a tirar dela."""
+    tag = cluster.tag_on(0)
+    env = {"REDIS_SERVER": group.address(), **cluster.prefixes(tag, queue=True)}
+    proxy = start_proxy(env=env)
+    start_example(sys.executable, examples / "worker.py", "--delay", "0", **env)
+    assert answers(fetch(proxy, "POST", "/", body=body.encode())) == objects
+    group.wait_copied(tag)
+    dead = group.owner(tag)
+    dead.kill()
+    group.wait_failover(tag, dead)
+    harness.eventually(lambda: fetch(proxy, "GET", "/ping").status == 200, 10, "o proxy de volta")
+    assert answers(fetch(proxy, "POST", "/", body=body.encode())) == objects
 
 
 def test_settings_and_log(start_redis, start_proxy, start_example, examples, tmp_path, fetch):
