@@ -296,40 +296,6 @@ def test_quoted_end_words_are_lines(share_proxy, connect, worker):
     assert [line.decode() for line in response.lines()] == lines
 
 
-@pytest.mark.parametrize("how", ["close", "reset", "half_close"])
-def test_client_leaves_while_nothing_is_sent(shared_proxy, connect, worker, how):
-    """O cliente que sai em silêncio (FIN ou RST) é notado: chave e lista somem em 2 s, antes da primeira linha ou depois; e
-    a saída nada muda para os outros."""
-    other, other_task = support.open_stream(connect, shared_proxy, worker)
-    response, task = support.open_stream(connect, shared_proxy, worker)
-    silent, silent_task = support.open_stream(connect, shared_proxy, worker)
-    task.push("uma")
-    assert response.line() == b"uma"
-    getattr(response.conn, how)()
-    getattr(silent.conn, how)()
-    task.gone(2)
-    silent_task.gone(2)
-    assert support.finished_row(shared_proxy, task)["fim"] == "cliente"
-    row = support.finished_row(shared_proxy, silent_task)
-    assert (row["fim"], row["linhas"], row["primeira_ms"]) == ("cliente", "0", "-")
-    other_task.finish("segue")
-    assert other.lines() == [b"segue"]
-
-
-@pytest.mark.parametrize("how", ["close", "reset", "half_close"])
-def test_client_leaves_at_the_hand_over(shared_proxy, connect, worker, how):
-    """O cliente que sai logo que pediu, sem esperar o cabeçalho, em qualquer instante: nenhuma chave fica."""
-    for number in range(20):
-        conn = connect(shared_proxy).request("POST", "/", body="x" * 1000 * number)
-        time.sleep(number / 2000)
-        getattr(conn, how)()
-    # O que ainda esteja a caminho, quando o banco parece vazio, tem de ser notado também.
-    time.sleep(0.5)
-    support.wait_empty(worker.client, 2)
-    with contextlib.closing(harness.connection(shared_proxy.port)) as conn:
-        assert conn.request("GET", "/ping").response().body() == b"pong"
-
-
 def test_body_whole_at_the_deadline(share_proxy, host, connect, start_worker):
     """Um corpo que se completa perto do instante de REQUEST_TIMEOUT é aceito ou recusado, nunca as duas coisas."""
     proxy, worker = share_proxy("--request-timeout", 1000, host=host), start_worker()
@@ -350,22 +316,6 @@ def test_body_whole_at_the_deadline(share_proxy, host, connect, start_worker):
         tasks.pop(answer.header("X-Task-Name")).finish("fim")
     assert harness.read_all(accepted) == [[b"fim"]] * len(accepted)
     print(f"contado: {len(accepted)} de 60 aceitos ({host})")
-
-
-def test_client_leaves_while_its_task_is_written(start_redis, start_proxy, host, connect):
-    """O cliente que sai enquanto a tarefa é gravada, com o Redis parado: a chave, gravada depois, é apagada em 2 s."""
-    server = start_redis()
-    proxy = start_proxy(redis=server)
-    server.freeze()
-    opened = [connect(proxy).request("POST", f"/{how}") for how in ("close", "reset", "half_close")]
-    time.sleep(0.3)
-    for conn, how in zip(opened, ("close", "reset", "half_close"), strict=True):
-        getattr(conn, how)()
-    time.sleep(0.3)
-    server.thaw()
-    with contextlib.closing(server.new_client()) as client:
-        harness.eventually(lambda: server.calls("publish") == 3 or client.dbsize() == 0, 3, "tarefas gravadas")
-        support.wait_empty(client, 2)
 
 
 def test_frozen_process_delivers_before_the_timeout(start_proxy, connect, worker):

@@ -1,36 +1,10 @@
 """O soquete que troca de dono: da linha de execução que leu o pedido ao laço que cuida de todos os streams."""
 
 import contextlib
-import time
 
-import harness
 import hostile
 import peers
-import redis_faults
 import support
-
-# Linhas de execução a mais que se toleram: as que o hospedeiro ou as bibliotecas criam uma vez, ao primeiro uso.
-slack = 4
-
-
-@peers.counted(300, 1000, "streams")
-def test_silent_streams_add_no_thread(count, start_proxy, host, connect, worker):
-    """Com centenas de streams em silêncio há tantas linhas de execução quanto com dez; e todos ainda recebem."""
-    peers.allow_descriptors(count + 500)
-    proxy = start_proxy("-t", 600000, "-P", 0)
-    rest = peers.warm(proxy)
-    pairs = redis_faults.open_many(connect, proxy, worker, 10)
-    # As que leram os pedidos acabam depois de os entregar.
-    time.sleep(1)
-    few = proxy.threads()
-    pairs += redis_faults.open_many(connect, proxy, worker, count - 10)
-    harness.eventually(lambda: proxy.threads() <= few + slack, 5, f"{few} linhas de execução, como com dez streams")
-    peers.say(f"{count} streams calados ({host}): {proxy.threads()} linhas de execução; com dez, {few}")
-    for _, task in pairs:
-        task.finish(task.name)
-    for (_, task), lines in zip(pairs, harness.read_all([response for response, _ in pairs]), strict=True):
-        assert lines == [task.name.encode()]
-    peers.settle(proxy, rest)
 
 
 def test_bytes_after_the_request(start_proxy, host, connect, worker):
