@@ -208,12 +208,9 @@ def integer(low, high):
             ValueError: se não for um inteiro ou estiver fora dos limites.
         """
         # int() sozinho aceitaria "1_000" e algarismos de outras escritas.
-        if not re.fullmatch(r"-?[0-9]{1,18}", text.strip()):
+        if not re.fullmatch(r"-?[0-9]{1,18}", text.strip()) or not low <= int(text) <= high:
             raise ValueError(text)
-        value = int(text)
-        if not low <= value <= high:
-            raise ValueError(text)
-        return value
+        return int(text)
 
     return kind(parse, f"um número inteiro de {low} a {high}")
 
@@ -237,10 +234,7 @@ def choice(*names):
         Levanta:
             ValueError: se não for uma das permitidas.
         """
-        value = text.strip().lower()
-        if value not in names:
-            raise ValueError(text)
-        return value
+        return names[names.index(text.strip().lower())]
 
     return kind(parse, ", ".join(names[:-1]) + " ou " + names[-1])
 
@@ -417,6 +411,17 @@ def parse_host(text):
     return text
 
 
+def url_host(host):
+    """Escreve um endereço como as URLs o pedem.
+
+    Argumentos:
+        host (str): endereço ou nome.
+    Retorna:
+        str: o IPv6 entre colchetes; o resto como veio.
+    """
+    return f"[{host}]" if ":" in host else host
+
+
 class redis_address(typing.NamedTuple):
     """Endereço do Redis: a URL para o redis-py e a forma que pode ser mostrada."""
 
@@ -431,32 +436,33 @@ last_database = 2**31 - 1
 url_options = r"db|username|password|ssl_\w+"
 
 
-def parse_sentinels(text):
-    """Lê a forma de REDIS_SERVER que nomeia sentinelas.
+def parse_nodes(text):
+    """Lê as formas de REDIS_SERVER que nomeiam vários nós.
 
     Argumentos:
-        text (str): sentinel://[usuário:senha@]ip[:porta],.../mestre[/database]; o
-            usuário e a senha são os das sentinelas; sem porta vale 26379.
+        text (str): sentinel://[usuário:senha@]ip[:porta],.../mestre[/database], com o usuário e a senha das
+            sentinelas; ou cluster://[usuário:senha@]ip[:porta],...; sem porta valem 26379 e 6379.
     Retorna:
         redis_address: o texto completo e o texto sem usuário nem senha.
     Levanta:
-        ValueError: se não tiver essa forma.
+        ValueError: se não tiver uma destas formas.
     """
     host = r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\],]+)(?::[0-9]{1,5})?"
-    parts = re.fullmatch(rf"sentinel://(?:[^\s/@]*@)?({host}(?:,{host})*)/([^\s/?#]+)(?:/([0-9]+))?", text)
-    if not parts or int(parts[3] or 0) > last_database:
+    parts = re.fullmatch(
+        rf"(sentinel|cluster)://(?:[^\s/@]*@)?({host}(?:,{host})*)(?:/([^\s/?#]+)(?:/([0-9]+))?)?", text)
+    if not parts or (parts[1] == "cluster") != (parts[3] is None) or int(parts[4] or 0) > last_database:
         raise ValueError(text)
-    for each in parts[1].split(","):
+    for each in parts[2].split(","):
         url = urllib.parse.urlsplit(f"//{each}")
         # A propriedade port recusa o que passa de 65535.
         if url.port == 0:
             raise ValueError(text)
         parse_host(url.hostname)
-    return redis_address(text, f"sentinel://{parts[1]}/{parts[2]}/{int(parts[3] or 0)}")
+    return redis_address(text, f"{parts[1]}://{parts[2]}" + (f"/{parts[3]}/{int(parts[4] or 0)}" if parts[3] else ""))
 
 
 def parse_redis_address(text):
-    """Lê REDIS_SERVER: ip[:porta][/database], uma URL do redis-py ou as sentinelas.
+    """Lê REDIS_SERVER: ip[:porta][/database], uma URL do redis-py, as sentinelas ou os nós de um cluster.
 
     Argumentos:
         text (str): endereço; sem porta vale 6379 e sem database vale 0.
@@ -466,37 +472,30 @@ def parse_redis_address(text):
         ValueError: se não tiver uma das formas permitidas.
     """
     text = text.strip()
-    if "://" not in text:
-        parts = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(?::([0-9]+))?(?:/([0-9]*)/?)?", text)
-        if not parts:
-            raise ValueError(text)
-        host, port, database = parts.group(1), int(parts.group(2) or 6379), int(parts.group(3) or 0)
-        if not 1 <= port <= 65535 or database > last_database:
-            raise ValueError(text)
-        parse_host(host.strip("[]"))
-        shown = f"{host}:{port}/{database}"
-        return redis_address(f"redis://{shown}", shown)
-    if text.startswith("sentinel:"):
-        return parse_sentinels(text)
-    url = urllib.parse.urlsplit(text)
-    if url.scheme not in ("redis", "rediss", "unix") or not (url.hostname or url.scheme == "unix"):
+    if text.startswith(("sentinel:", "cluster:")):
+        return parse_nodes(text)
+    is_bare = "://" not in text
+    whole = f"redis://{text}" if is_bare else text
+    url = urllib.parse.urlsplit(whole)
+    if url.scheme not in ("redis", "rediss", "unix") or not (url.hostname or url.scheme == "unix") or (
+            is_bare and re.search("[@?#]", text)):
         raise ValueError(text)
     if url.port == 0 or (url.scheme != "unix" and not re.fullmatch(r"(/[0-9]*/?)?", url.path)):
         raise ValueError(text)
     # A conexão só é construída aqui para que o redis-py confira as opções da URL: uma a uma, para nomear a errada.
-    bare = f"{url.scheme}://{url.netloc or url.path}"
+    start = f"{url.scheme}://{url.netloc or url.path}"
     for name, value in urllib.parse.parse_qsl(url.query, keep_blank_values=True):
         try:
             if not re.fullmatch(url_options, name):
                 raise ValueError("só servem db, username, password e as de TLS, ssl_...")
             if name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"):
                 open(value, "rb").close()
-            redis.ConnectionPool.from_url(f"{bare}?{urllib.parse.urlencode({name: value})}").make_connection()
+            redis.ConnectionPool.from_url(f"{start}?{urllib.parse.urlencode({name: value})}").make_connection()
         except Exception as error:
             takes = "aceita none, optional ou required" if name == "ssl_cert_reqs" else f"não serve ({error})"
             raise ValueError(text, f"a opção {name} da URL {takes}") from error
     try:
-        connection = redis.ConnectionPool.from_url(text).make_connection()
+        connection = redis.ConnectionPool.from_url(whole).make_connection()
         if not 0 <= int(connection.db) <= last_database:
             raise ValueError(text)
     except Exception as error:
@@ -505,8 +504,8 @@ def parse_redis_address(text):
     if url.scheme == "unix":
         return redis_address(text, f"unix://{connection.path}?db={connection.db}")
     parse_host(url.hostname)
-    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
-    return redis_address(text, f"{url.scheme}://{host}:{connection.port}/{connection.db}")
+    shown = f"{url_host(url.hostname)}:{connection.port}/{connection.db}"
+    return redis_address(whole, shown if is_bare else f"{url.scheme}://{shown}")
 
 
 text_kind = kind(str, "qualquer texto em UTF-8")
@@ -521,74 +520,58 @@ names_kind = kind(parse_header_names, "vazio, none ou nomes de cabeçalhos separ
 origins_kind = kind(parse_origins, "vazio, um * sozinho ou uma lista de origens como https://exemplo.com.br")
 redis_kind = kind(
     parse_redis_address,
-    "ip:porta/database (127.0.0.1:6379/1), uma URL redis://, rediss:// ou unix://, ou "
-    "sentinel://ip:porta,ip:porta/mestre/database",
+    "ip:porta/database (127.0.0.1:6379/1), uma URL redis://, rediss:// ou unix://, "
+    "sentinel://ip:porta,ip:porta/mestre/database, ou cluster://ip:porta,ip:porta",
 )
 day = 24 * 60 * 60 * 1000
 line_types = ("application/x-ndjson", "application/json-lines", "application/jsonl")
 
 settings = [
-    setting("HTTP_PORT", ("-p", "--port"), integer(0, 65535), "8771", "HTTP", "",
-            "porta HTTP; 0 escolhe uma porta livre, informada no log"),
+    setting("HTTP_PORT", ("-p", "--port"), integer(0, 65535), "8771", "HTTP", "", "porta HTTP; 0 escolhe uma livre"),
     # O padrão é o da especificação; quem quer menos tem HTTP_HOST, AUTH_TOKEN e localhost-only.conf.
     setting("HTTP_HOST", ("--host",), host_kind, "0.0.0.0", "HTTP", "",  # nosec B104
             "endereço em que o servidor escuta; :: atende IPv6 e IPv4"),
-    setting("HTTP_SERVER", ("--server",), choice("flask", "waitress"), "flask", "HTTP", "",
-            "servidor HTTP que hospeda a aplicação"),
-    setting("SERVERNAME", ("-s", "--servername"), header_kind, program, "HTTP", "",
-            "nome do servidor, enviado no cabeçalho Server"),
+    setting("HTTP_SERVER", ("--server",), choice("flask", "waitress"), "flask", "HTTP", "", "servidor da aplicação"),
+    setting("SERVERNAME", ("-s", "--servername"), header_kind, program, "HTTP", "", "cabeçalho Server das respostas"),
     setting("CONTENT_TYPE", ("--content-type",), choice(*line_types, "application/json"), line_types[0], "HTTP", "",
             "tipo do streaming para o cliente cujo Accept não nomeia nenhum dos nossos"),
     setting("AUTH_TOKEN", ("--auth-token",), tokens_kind, "", "HTTP", "",
             "token exigido em Authorization: Bearer, ou vários; vazio não exige", True),
     setting("HEADERS_EXCLUDE", ("--headers-exclude",), names_kind, "", "HTTP", "",
             "cabeçalhos que não vão para o Redis; vazio é authorization,cookie se houver AUTH_TOKEN"),
-    setting("CORS_ORIGIN", ("--cors-origin",), origins_kind, "", "HTTP", "",
-            "origens de navegador autorizadas por CORS; vazio desliga"),
+    setting("CORS_ORIGIN", ("--cors-origin",), origins_kind, "", "HTTP", "", "origens autorizadas; vazio desliga"),
     setting("TRUST_PROXY", ("--trust-proxy",), integer(0, 16), "0", "HTTP", "",
             "proxies reversos confiáveis à frente, que dizem em X-Forwarded-For quem é o cliente; 0 não acredita"),
-    setting("REDIS_SERVER", ("-R", "--redis"), redis_kind, "127.0.0.1:6379/1", "Redis", "",
-            "endereço do Redis"),
-    setting("REDIS_PASSWORD", ("-S", "--secret"), text_kind, "", "Redis", "",
-            "senha do Redis; vazio não autentica", True),
-    setting("REDIS_CHANNEL", ("-C", "--channel"), name_kind, "ndjson_jobs", "Redis", "",
-            "canal em que as tarefas são publicadas"),
+    setting("REDIS_SERVER", ("-R", "--redis"), redis_kind, "127.0.0.1:6379/1", "Redis", "", "endereço do Redis"),
+    setting("REDIS_PASSWORD", ("-S", "--secret"), text_kind, "", "Redis", "", "senha do Redis", True),
+    setting("REDIS_CHANNEL", ("-C", "--channel"), name_kind, "ndjson_jobs", "Redis", "", "canal das tarefas"),
     setting("REDIS_QUEUE", ("--queue",), queue_kind, "", "Redis", "",
             "lista em que as tarefas também entram, para workers que usam BLPOP; vazio desliga"),
-    setting("REDIS_PREFIX", ("-X", "--prefix"), name_kind, "ndjson_task_", "Redis", "",
-            "prefixo da chave da tarefa"),
-    setting("REDIS_LIST_PREFIX", ("-L", "--list-prefix"), name_kind, "ndjson_list_", "Redis", "",
-            "prefixo da lista em que o worker empurra as linhas"),
-    setting("REDIS_TTL", ("--ttl",), integer(3, 31536000), "600", "Redis", "s",
-            "validade das chaves da tarefa, renovada enquanto o streaming vive"),
-    setting("REDIS_WAKE", ("--wake",), switch_kind, "on", "Redis", "",
-            "o Redis avisa qual chave mudou, e a linha sai antes de INTERVAL"),
+    setting("REDIS_PREFIX", ("-X", "--prefix"), name_kind, "ndjson_task_", "Redis", "", "prefixo da chave da tarefa"),
+    setting("REDIS_LIST_PREFIX", ("-L", "--list-prefix"), name_kind, "ndjson_list_", "Redis", "", "prefixo da lista"),
+    setting("REDIS_TTL", ("--ttl",), integer(3, 31536000), "600", "Redis", "s", "validade das chaves, renovada em uso"),
+    setting("REDIS_WAKE", ("--wake",), switch_kind, "on", "Redis", "", "o Redis avisa qual chave mudou"),
     setting("REDIS_REANNOUNCE", ("--reannounce",), switch_kind, "on", "Redis", "",
             "a tarefa que ninguém ouviu é publicada de novo a cada segundo, até que um worker a ouça"),
     setting("INTERVAL", ("-i", "--interval"), integer(1, day), "200", "Tempos", "ms",
             "tempo entre duas consultas por linhas novas; com os avisos, só uma rede"),
-    setting("PAUSE", ("-P", "--pause"), integer(0, day), "20", "Tempos", "ms",
-            "pausa depois de enviar uma linha; 0 envia em lotes"),
-    setting("MAXTIME", ("-t", "--maxtime"), integer(1, day), "45000", "Tempos", "ms",
-            "tempo máximo sem linha nova, contado da última linha ou da requisição"),
+    setting("PAUSE", ("-P", "--pause"), integer(0, day), "20", "Tempos", "ms", "pausa após cada linha; 0: em lotes"),
+    setting("MAXTIME", ("-t", "--maxtime"), integer(1, day), "45000", "Tempos", "ms", "tempo máximo sem linha nova"),
     setting("MAXTIME_ERROR", ("-E", "--maxtime-error"), line_kind, '{"error": "timeout"}', "Tempos", "",
             "linha enviada quando MAXTIME se esgota"),
     setting("HEARTBEAT", ("--heartbeat",), integer(0, day), "0", "Tempos", "ms",
             "silêncio após o qual HEARTBEAT_LINE é enviada; 0 desliga"),
     setting("HEARTBEAT_LINE", ("--heartbeat-line",), line_kind, '{"type": "ping"}', "Tempos", "",
             "linha que mantém viva uma conexão silenciosa; não conta para MAXTIME"),
-    setting("DRAIN", ("--drain",), integer(0, day), "5000", "Tempos", "ms",
-            "tempo que os streams têm para acabar quando o serviço para"),
-    setting("MAX_STREAMS", ("--max-streams",), integer(1, 100000), "4096", "Limites", "",
-            "streams simultâneos; um a mais recebe 503"),
+    setting("DRAIN", ("--drain",), integer(0, day), "5000", "Tempos", "ms", "tempo dos streams quando o serviço para"),
+    setting("MAX_STREAMS", ("--max-streams",), integer(1, 100000), "4096", "Limites", "", "streams simultâneos"),
     setting("MAX_BODY", ("--max-body",), integer(0, 536870912), "16777216", "Limites", "bytes",
             "tamanho máximo do corpo da requisição; maior recebe 413"),
     setting("REQUEST_TIMEOUT", ("--request-timeout",), integer(100, day), "30000", "Limites", "ms",
             "prazo para a requisição chegar inteira, com o corpo; vencido, recebe 408"),
     setting("METRICS_PORT", ("--metrics-port",), integer(0, 65535), "0", "Métricas", "",
             "porta das métricas para o Prometheus, em /metrics; 0 desliga"),
-    setting("METRICS_HOST", ("--metrics-host",), host_kind, "127.0.0.1", "Métricas", "",
-            "endereço em que as métricas são servidas, sem senha"),
+    setting("METRICS_HOST", ("--metrics-host",), host_kind, "127.0.0.1", "Métricas", "", "endereço das métricas"),
     setting("LOG_LEVEL", ("--log-level",), choice("debug", "info", "warning", "error"), "info", "Log", "",
             "nível mínimo das mensagens de log"),
     setting("ENV_FILE", ("-f", "--env-file"), pattern(r"[^\x00:]+(:[^\x00:]+)*", "o caminho de um arquivo, ou de vários separados por :"),
@@ -841,11 +824,6 @@ def check_combinations(given):
     Levanta:
         configuration_error: se duas configurações não podem andar juntas.
     """
-    if REDIS_PREFIX == REDIS_LIST_PREFIX:
-        raise configuration_error(
-            f"REDIS_LIST_PREFIX: o valor {REDIS_LIST_PREFIX!r} ({given['REDIS_LIST_PREFIX'].layer}) "
-            "deve ser diferente de REDIS_PREFIX, pois uma chave do Redis só tem um tipo"
-        )
     try:
         if METRICS_PORT:
             importlib.import_module("prometheus_client")
@@ -854,21 +832,20 @@ def check_combinations(given):
             f"METRICS_PORT: o valor {METRICS_PORT} ({given['METRICS_PORT'].layer}) pede o módulo prometheus_client, "
             f"que falta ou não serve ({error}); no Debian: apt install python3-prometheus-client"
         ) from None
-    if METRICS_PORT and METRICS_PORT == HTTP_PORT and (METRICS_HOST == HTTP_HOST or HTTP_HOST in ("0.0.0.0", "::")):
-        raise configuration_error(
-            f"METRICS_PORT: o valor {METRICS_PORT} ({given['METRICS_PORT'].layer}) deve ser diferente de HTTP_PORT"
-        )
-    for name, prefix in (("REDIS_PREFIX", REDIS_PREFIX), ("REDIS_LIST_PREFIX", REDIS_LIST_PREFIX)):
-        if REDIS_QUEUE.startswith(prefix):
-            raise configuration_error(
-                f"REDIS_QUEUE: o valor {REDIS_QUEUE!r} ({given['REDIS_QUEUE'].layer}) não pode começar com "
-                f"{name}, que é {prefix!r}: a fila seria tomada por uma chave de tarefa"
-            )
-    if PAUSE >= MAXTIME:
-        raise configuration_error(
-            f"PAUSE: o valor {PAUSE} ({given['PAUSE'].layer}) deve ser menor que MAXTIME, "
-            f"que é {MAXTIME} ({given['MAXTIME'].layer}): toda linha terminaria em MAXTIME_ERROR"
-        )
+    is_same_port = METRICS_PORT == HTTP_PORT and (METRICS_HOST == HTTP_HOST or HTTP_HOST in ("0.0.0.0", "::"))
+    of_queue = "não pode começar com {}, que é {!r}: a fila seria tomada por uma chave de tarefa"
+    for is_wrong, name, why in (
+        (REDIS_PREFIX == REDIS_LIST_PREFIX, "REDIS_LIST_PREFIX",
+         "deve ser diferente de REDIS_PREFIX, pois uma chave do Redis só tem um tipo"),
+        (METRICS_PORT and is_same_port, "METRICS_PORT", "deve ser diferente de HTTP_PORT"),
+        (REDIS_QUEUE.startswith(REDIS_PREFIX), "REDIS_QUEUE", of_queue.format("REDIS_PREFIX", REDIS_PREFIX)),
+        (REDIS_QUEUE.startswith(REDIS_LIST_PREFIX), "REDIS_QUEUE", of_queue.format("REDIS_LIST_PREFIX", REDIS_LIST_PREFIX)),
+        (PAUSE >= MAXTIME, "PAUSE", f"deve ser menor que MAXTIME, que é {MAXTIME} ({given['MAXTIME'].layer}): "
+         "toda linha terminaria em MAXTIME_ERROR"),
+    ):
+        if is_wrong:
+            raise configuration_error(f"{name}: o valor {globals()[name]!r} ({given[name].layer}) {why}")
+
 
 # =============================================================================
 # Log e systemd
@@ -948,9 +925,6 @@ def configure_logging():
     """
     # Sem isto, uma falha de escrita geraria um traceback a cada linha.
     logging.raiseExceptions = False
-    # Nossas linhas não mostram de onde vêm: não se paga para descobri-lo.
-    logging._srcfile = None
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
     is_journal = False
     with contextlib.suppress(OSError, ValueError, AttributeError):
         status = os.fstat(sys.stderr.fileno())
@@ -979,9 +953,8 @@ def warn_rarely(text, subject=None):
     if now < due:
         told_warnings[subject] = (due, count + 1)
         return
-    for name, row in list(told_warnings.items()):
-        if row[0] <= now:
-            told_warnings.pop(name, None)
+    if len(told_warnings) > 1000:
+        told_warnings.clear()
     told_warnings[subject] = (now + warning_interval, 0)
     log.warning("%s%s", text, f" (e outras {count} vezes desde o último aviso)" if count else "")
 
@@ -1006,7 +979,8 @@ def cause_of(error):
         if isinstance(cause, redis.TimeoutError | TimeoutError):
             return f"sem resposta em {redis_timeout:g} s"
         cause = cause.__cause__ or cause.__context__
-    return redis_words(error)
+    words = redis_words(error)
+    return "o servidor fecha a conexão; talvez só aceite TLS, rediss://" if words.startswith("Connection closed by") else words
 
 
 def notify_systemd(state, descriptors=()):
@@ -1051,51 +1025,58 @@ large_payload = 262144
 take_lines = 500
 take_bytes = 262144
 
-# Tirar uma linha precisa ser repetível: se a conexão cai depois do LPOP e antes
-# da resposta, a linha não está mais na lista nem chegou aqui. Por isso o que sai
-# da lista fica guardado, com o número do pedido, até o pedido seguinte; o pedido
-# repetido recebe o guardado. Um número menor que o guardado é de um pedido que se
-# atrasou na rede e já foi repetido por outra conexão: não pode tirar nada. O guardado é
-# texto, pois cmsgpack falta em alguns servidores, e a falta só se veria depois do LPOP. TYPE e
-# LPOP são um só passo: o fim só é declarado quando a chave sumiu E a lista se esvaziou
+# Tirar uma linha precisa ser repetível: se a conexão cai depois do LPOP e antes da resposta, a
+# linha não está mais na lista nem chegou aqui. Por isso o pedido diz quantos elementos já vieram,
+# e o que sai da lista fica guardado até o pedido seguinte, com as contagens de antes e de depois: o
+# pedido repetido recebe o guardado; o que conta menos se atrasou na rede, e não tira nada; e o que
+# conta mais fala com uma réplica promovida que não soube das últimas retiradas, e delas se desfaz.
+# O guardado é texto, pois cmsgpack falta em alguns servidores, e a falta só se veria depois do LPOP.
+# TYPE e LPOP são um só passo: o fim só é declarado quando a chave sumiu E a lista se esvaziou
 # no mesmo instante; se a chave sumiu e ainda há linhas, o tipo devolvido é "more".
 take_script = """
-local kind = redis.call('TYPE', KEYS[1]).ok
-local past = tonumber(string.match(redis.call('GETRANGE', KEYS[3], 0, 19), '^%d+')) or 0
-if past == tonumber(ARGV[1]) then
+local kind, had = redis.call('TYPE', KEYS[1]).ok, tonumber(ARGV[1])
+local before, after = string.match(redis.call('GETRANGE', KEYS[3], 0, 39), '^(%d+) (%d+)')
+before, after = tonumber(before) or -1, tonumber(after) or had
+if before == had then
   local kept, lines = redis.call('GET', KEYS[3]), {}
   local start = string.find(kept, '\\n', 1, true) + 1
-  for size in string.gmatch(string.match(kept, '^%S+ %S+([^\\n]*)'), '%d+') do
+  for size in string.gmatch(string.match(kept, '^%S+ %S+ %S+([^\\n]*)'), '%d+') do
     lines[#lines + 1] = string.sub(kept, start, start + size - 1)
     start = start + size
   end
-  return {string.match(kept, ' (%S+)'), lines}
+  return {string.match(kept, '^%S+ %S+ (%S+)'), lines}
 end
-if past > tonumber(ARGV[1]) then return {kind, {}} end
-local lines, sizes, size = {}, {}, 0
+if before > had then return {kind, {}} end
+local lines, sizes, size, is_behind = {}, {}, 0, after < had
 local function fill(source)
   while #lines < tonumber(ARGV[2]) and size < tonumber(ARGV[3]) do
     local line = redis.call('LPOP', source)
     if not line then break end
-    size = size + #line
-    lines[#lines + 1] = line
-    sizes[#sizes + 1] = #line
+    if after < had then
+      after = after + 1
+    else
+      size = size + #line
+      lines[#lines + 1] = line
+      sizes[#sizes + 1] = #line
+    end
   end
 end
 fill(KEYS[2])
 if #lines == 0 and kind == 'list' then fill(KEYS[1]) end
-if #lines > 0 then
+if #lines > 0 or is_behind then
   if kind == 'none' and redis.call('EXISTS', KEYS[2]) == 1 then kind = 'more' end
-  local kept = ARGV[1] .. ' ' .. kind .. ' ' .. table.concat(sizes, ' ') .. '\\n' .. table.concat(lines)
-  redis.call('SET', KEYS[3], kept, 'EX', ARGV[4])
+  if #lines == 0 then before = had - 1 else before = had end
+  local head = {before, had + #lines, kind, table.concat(sizes, ' ')}
+  redis.call('SET', KEYS[3], table.concat(head, ' ') .. '\\n' .. table.concat(lines), 'EX', ARGV[4])
 end
 return {kind, lines}
 """
 
 # Recusas que não são do comando, mas do estado do servidor, e passam: ele carrega os
-# dados, é uma réplica (o mestre mudou) ou não consegue gravar em disco. E as que só uma
-# conexão nova resolve: o script foi esquecido, ou uma ACL o negou agora.
-passing_codes = ("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "CLUSTERDOWN", "NOREPLICAS", "NOSCRIPT")
+# dados, é uma réplica (o mestre mudou), não consegue gravar em disco, ou muda as chaves de nó. E as
+# que só uma conexão nova resolve: o script foi esquecido, ou uma ACL o negou agora.
+passing_codes = ("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT", "CLUSTERDOWN", "MOVED", "ASK",
+                 "TRYAGAIN")
 redis_failures = (redis.ConnectionError, redis.TimeoutError)
 redis_refusals = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 
@@ -1124,11 +1105,24 @@ def redis_pool():
     else:
         if not REDIS_SERVER.url.startswith("unix:"):
             options |= {"socket_connect_timeout": redis_timeout, "socket_keepalive": True}
-        pool = redis.ConnectionPool.from_url(REDIS_SERVER.url, **options)
+        # De um cluster, o primeiro nó.
+        pool = redis.ConnectionPool.from_url(re.sub(r"^cluster([^,]+).*", r"redis\1", REDIS_SERVER.url), **options)
     pool.connection_kwargs["decode_responses"] = False
     if REDIS_PASSWORD:
         pool.connection_kwargs["password"] = REDIS_PASSWORD
     return pool
+
+
+def split_nodes(port):
+    """Separa os nós que REDIS_SERVER nomeia, sentinelas ou os de um cluster.
+
+    Argumentos:
+        port (int): a porta de quem não diz a sua.
+    Retorna:
+        list[tuple]: pares (endereço, porta).
+    """
+    hosts = REDIS_SERVER.shown.split("/")[2].split(",")
+    return [(url.hostname, url.port or port) for url in (urllib.parse.urlsplit(f"//{host}") for host in hosts)]
 
 
 def sentinel_pool(options):
@@ -1142,14 +1136,12 @@ def sentinel_pool(options):
     """
     access = REDIS_SERVER.url.removeprefix("sentinel://").rpartition("@")[0]
     user, _, password = access.partition(":")
-    hosts, master, database = REDIS_SERVER.shown.removeprefix("sentinel://").split("/")
-    split = [urllib.parse.urlsplit(f"//{host}") for host in hosts.split(",")]
+    master, database = REDIS_SERVER.shown.split("/")[3:]
     # Uma sentinela muda não pode consumir o tempo de quem espera pela resposta.
-    asking = {"socket_timeout": redis_timeout / 4, "socket_connect_timeout": redis_timeout / 4,
-              "retry": options["retry"]}
+    asking = {"socket_timeout": redis_timeout / 4, "socket_connect_timeout": redis_timeout / 4, "retry": options["retry"]}
     if access:
         asking |= {"username": urllib.parse.unquote(user) or None, "password": urllib.parse.unquote(password)}
-    sentinels = redis.sentinel.Sentinel([(url.hostname, url.port or 26379) for url in split], sentinel_kwargs=asking)
+    sentinels = redis.sentinel.Sentinel(split_nodes(26379), sentinel_kwargs=asking)
     return redis.sentinel.SentinelConnectionPool(
         master, sentinels, socket_connect_timeout=redis_timeout / 2, socket_keepalive=True, db=int(database), **options,
     )
@@ -1174,6 +1166,10 @@ class redis_link:
         # A conexão do redis-py, que abre e fecha o socket; aqui só se lê e escreve nele.
         self.connection = self.pool.make_connection()
         self.socket = None
+        # Os nós de um cluster, em rodízio (um Redis só é o único), e o que um deles disse ser o dono das chaves.
+        is_cluster = REDIS_SERVER.shown.startswith("cluster:")
+        single = getattr(self.connection, "host", None), getattr(self.connection, "port", None)
+        self.nodes, self.owner = collections.deque(split_nodes(6379) if is_cluster else [single]), None
         # Bytes que o sistema ainda não aceitou, e se ele avisará quando couberem mais.
         self.outgoing, self.is_blocked = bytearray(), False
         # Bytes recebidos ainda sem resposta inteira, e o mínimo que falta a ela.
@@ -1183,27 +1179,35 @@ class redis_link:
         # Aberta e pronta; um pedido de pressa para reabrir; o resultado da próxima tentativa; a causa da queda.
         self.up, self.hurry = asyncio.Event(), asyncio.Event()
         self.attempt, self.lost = loop.create_future(), None
-        # Se o Redis manda avisos, se os recusou da última vez, e o começo da retirada (vazio se ele nega scripts).
-        self.is_tracked, self.is_mute, self.take_head = False, False, b""
-        # Se todo worker só pode estar ouvindo este servidor: sem réplicas nem cluster, o que PUBLISH conta é tudo.
-        self.is_alone = False
-        # Se o log já disse que o Redis está fora do ar, e por quê.
-        self.is_down, self.told = False, ""
+        # Se o Redis manda avisos, e o começo da retirada (vazio se ele nega scripts).
+        self.is_tracked, self.take_head = False, b""
+        # O que o servidor diz de si (INFO; vazio se ele o nega), e o nome que ele deu à sua execução.
+        self.info = self.identity = b""
+        # Por que o Redis está fora do ar, como o log já o disse; vazio se está no ar.
+        self.told = ""
 
     async def open(self):
-        """Abre a conexão, carrega o script e liga os avisos.
+        """Abre a conexão com o nó que tem as chaves, carrega o script e liga os avisos.
 
+        Retorna:
+            list[tuple]: pares (configuração, por quê) do que o Redis recusa.
         Levanta:
             redis.RedisError, OSError: se o Redis não atender.
         """
-        await self.connect()
-        try:
-            async with asyncio.timeout(redis_timeout):
-                await self.greet()
-        except BaseException as error:
-            self.lose(error)
-            raise redis.TimeoutError("sem resposta do Redis") if isinstance(error, TimeoutError) else error from None
-        self.up.set()
+        # Cada nó, e mais duas vezes para onde um deles mandar.
+        left = len(self.nodes) + 2
+        while True:
+            try:
+                await self.connect()
+                async with asyncio.timeout(redis_timeout):
+                    problems = await self.greet()
+                self.up.set()
+                return problems
+            except (redis.RedisError, OSError, RuntimeError) as error:
+                self.lose(error)
+                left -= 1
+                if not left or (self.owner is None and len(self.nodes) < 2):
+                    raise redis.TimeoutError("sem resposta do Redis") if isinstance(error, TimeoutError) else error from None
 
     async def connect(self):
         """Abre a conexão, e nada mais.
@@ -1211,6 +1215,7 @@ class redis_link:
         Levanta:
             redis.RedisError, OSError: se o Redis não atender.
         """
+        self.connection.host, self.connection.port = self.owner or self.nodes[0]
         # Nomes, TCP, TLS, AUTH e SELECT esperam pela rede: não no laço.
         try:
             await asyncio.to_thread(self.connection.connect)
@@ -1244,10 +1249,9 @@ class redis_link:
             redis.RedisError, TimeoutError: se o Redis não responder.
         """
         async with asyncio.timeout(redis_timeout):
-            memory, *limits = await self.send(("INFO", "memory"), ("CONFIG", "GET", "proto-max-bulk-len"),
-                                              ("CONFIG", "GET", "client-query-buffer-limit"))
-        memory, cautions = memory if isinstance(memory, bytes) else b"", []
-        if found := re.search(rb"\nmaxmemory:[1-9].*maxmemory_policy:(?!noeviction)(\S+)", memory, re.DOTALL):
+            limits = await self.send(*[("CONFIG", "GET", n) for n in ("proto-max-bulk-len", "client-query-buffer-limit")])
+        cautions = []
+        if found := re.search(rb"\nmaxmemory:[1-9].*maxmemory_policy:(?!noeviction)(\S+)", self.info, re.DOTALL):
             cautions.append(f"maxmemory-policy é {found[1].decode()}: sem memória, o Redis apagaria tarefas e linhas, e uma "
                             "resposta pela metade pareceria inteira; o certo é noeviction")
         for name, limit in (reply for reply in limits if isinstance(reply, list) and reply):
@@ -1259,48 +1263,59 @@ class redis_link:
     async def greet(self):
         """Prova a conexão recém-aberta e pede o que o programa usa.
 
+        Retorna:
+            list[tuple]: como em open.
         Levanta:
             redis.RedisError: se o Redis recusar o indispensável.
         """
-        # Apagar o que não existe não muda nada, e uma réplica recusa. O nome é para o operador; uma ACL pode negá-lo.
-        pong, trial, loaded, _ = await self.send(
-            ("PING",), ("UNLINK", REDIS_LIST_PREFIX), ("SCRIPT", "LOAD", take_script), ("CLIENT", "SETNAME", program))
-        for reply in (pong, trial):
-            if isinstance(reply, Exception) and (reply is pong or is_passing(reply)):
+        key, lines, queue = REDIS_PREFIX + "?", REDIS_LIST_PREFIX + "?", [REDIS_QUEUE] if REDIS_QUEUE else []
+        taken, problems = lines + ":taken", []
+        # Em uma transação cada comando é julgado (ACL, cluster, réplica, memória) ao entrar na fila; um GET sem nome faz o
+        # EXEC desistir de todos, e assim não é preciso o DISCARD, que uma ACL pode não ter dado.
+        trial = [
+            ("REDIS_LIST_PREFIX", "EXISTS", key, lines, *queue), ("REDIS_PREFIX", "SET", key, "", "EX", REDIS_TTL),
+            *[("REDIS_QUEUE", "RPUSH", each, key) for each in queue], ("REDIS_CHANNEL", "PUBLISH", REDIS_CHANNEL, key),
+            ("REDIS_PREFIX", "TYPE", key), ("REDIS_LIST_PREFIX", "LPOP", lines), ("REDIS_LIST_PREFIX", "GET", taken),
+            ("REDIS_LIST_PREFIX", "EXPIRE", lines, REDIS_TTL), ("REDIS_LIST_PREFIX", "UNLINK", key, lines, taken),
+        ]
+        # O nome é para o operador; uma ACL pode negá-lo, e INFO também.
+        loaded, _, info, *replies = await self.send(
+            ("SCRIPT", "LOAD", take_script), ("CLIENT", "SETNAME", program), ("INFO",), ("PING",), ("MULTI",))
+        self.info = info if isinstance(info, bytes) else b""
+        self.identity = b"".join(re.findall(rb"run_id:(\w+)", self.info))
+        if error := first_error(replies):
+            # Sem a transação, a prova valeria.
+            raise error
+        *replies, _, _ = await self.send(*[row[1:] for row in trial], ("GET",), ("EXEC",))
+        for row, reply in zip(trial, replies, strict=True):
+            # A falta de memória passa, e a tarefa recusada por ela o diz.
+            if not isinstance(reply, Exception) or (words := redis_words(reply)).startswith("OOM "):
+                continue
+            if is_passing(reply):
                 raise reply
+            problems.append((row[0], f"o Redis recusa {row[1]}: {words}"))
+            if words.startswith("CROSSSLOT"):
+                named = "REDIS_PREFIX={ndjson}_task_ e REDIS_LIST_PREFIX={ndjson}_list_" + " e REDIS_QUEUE={ndjson}_jobs" * len(queue)
+                return [(row[0], f"em um cluster, os nomes pedem um mesmo trecho entre chaves: {named} ({words})")]
         denied = loaded
         if isinstance(loaded, bytes):
-            # Quem pode carregar um script pode não poder rodá-lo. Um pedido atrasado (-1) não tira nada.
-            denied, = await self.send(("EVALSHA", loaded, 3, *[REDIS_LIST_PREFIX + "?"] * 3, -1, 0, 0, REDIS_TTL))
+            # Quem pode carregar um script pode não poder rodá-lo; nestas chaves não há o que tirar.
+            denied, = await self.send(("EVALSHA", loaded, 3, key, lines, taken, 0, 1, 1, REDIS_TTL))
         self.take_head = b"" if isinstance(denied, Exception) else pack_words("EVALSHA", loaded, 3)
         if not self.take_head:
             warn_rarely(f"o Redis não aceita scripts ({cause_of(denied)}): as linhas são tiradas com LPOP simples, "
                         "e uma queda da conexão pode perder a que estava a caminho")
         if REDIS_WAKE:
-            # Em RESP2 o Redis aceitaria o pedido, e trabalharia por avisos que não tem como mandar.
-            prefixes = sorted({REDIS_PREFIX, REDIS_LIST_PREFIX}, key=len)
+            short, long = sorted((REDIS_PREFIX, REDIS_LIST_PREFIX), key=len)
             # O Redis recusa prefixos que se sobrepõem; o mais curto abrange o outro.
-            kept = [p for i, p in enumerate(prefixes) if not p.startswith(tuple(prefixes[:i]))]
-            words = [word for prefix in kept for word in ("PREFIX", prefix)]
+            words = ["PREFIX", short, *([] if long.startswith(short) else ["PREFIX", long])]
+            # Em RESP2 o Redis aceitaria o pedido, e trabalharia por avisos que não tem como mandar.
             denied = first_error(await self.send(("HELLO", 3))) or first_error(
                 await self.send(("CLIENT", "TRACKING", "ON", "BCAST", *words, "NOLOOP")))
             self.is_tracked = denied is None
-            if denied and not self.is_mute:
-                log.warning("REDIS_WAKE: o Redis recusou os avisos (%s); fica só a consulta periódica", cause_of(denied))
-            elif self.is_mute and not denied:
-                log.info("REDIS_WAKE: avisos do Redis restabelecidos")
-            self.is_mute = denied is not None
-        await self.look_around()
-
-    async def look_around(self):
-        """Vê se há réplicas ou um cluster, de cujos ouvintes PUBLISH não diria nada; na dúvida, há.
-
-        Levanta:
-            redis.RedisError: se a conexão cair.
-        """
-        replies = await self.send(("INFO", "replication"), ("INFO", "cluster"))
-        self.is_alone = not first_error(replies) and (
-            b"role:master" in replies[0] and b"connected_slaves:0" in replies[0] and b"cluster_enabled:0" in replies[1])
+            if denied:
+                warn_rarely(f"REDIS_WAKE: o Redis recusou os avisos ({cause_of(denied)}); fica só a consulta periódica")
+        return problems
 
     def lose(self, error, is_quiet=False):
         """Fecha a conexão; quem esperava por uma resposta recebe a falha.
@@ -1309,6 +1324,10 @@ class redis_link:
             error (Exception): a causa.
             is_quiet (bool): verdadeiro se o Redis a fechou em repouso: só é uma queda se a próxima não abrir.
         """
+        moved = re.match(r"MOVED \d+ (.*):(\d+)", str(error))
+        self.owner = (moved[1] or self.connection.host, int(moved[2])) if moved else None
+        if not moved:
+            self.nodes.rotate(-1)
         if self.socket is None:
             return
         loop.remove_reader(self.socket)
@@ -1323,7 +1342,7 @@ class redis_link:
         for each in waiting:
             if not each.future.done():
                 each.future.set_exception(failure(str(error)))
-        self.lost.set_result(None if is_quiet else error)
+        self.lost.set_result(None if is_quiet or moved else error)
 
     def send(self, *commands):
         """Põe comandos na fila de saída; saem juntos com os que outros pedirem neste giro do laço.
@@ -1454,7 +1473,7 @@ class redis_link:
         if self.up.is_set():
             return
         self.hurry.set()
-        await asyncio.wait([self.attempt], timeout=down_patience if self.is_down else redis_timeout)
+        await asyncio.wait([self.attempt], timeout=down_patience if self.told else redis_timeout)
         if not self.up.is_set():
             raise redis.ConnectionError("o Redis está fora do ar")
 
@@ -1525,6 +1544,18 @@ def parse_reply(data, start):
             return None, position
         items.append(item)
     return items, position
+
+
+def is_alone(info):
+    """Diz se todo worker só pode estar ouvindo este servidor: sem réplicas nem cluster, o que PUBLISH conta é tudo.
+
+    Argumentos:
+        info (bytes | Exception): a resposta a INFO.
+    Retorna:
+        bool: falso também se não se sabe.
+    """
+    return isinstance(info, bytes) and all(
+        each in info for each in (b"role:master", b"connected_slaves:0", b"cluster_enabled:0"))
 
 
 def first_error(replies):
@@ -1769,8 +1800,8 @@ class task:
 # =============================================================================
 
 # Motivos do fim de um streaming, como aparecem no log.
-end_reasons = ("concluida", "eof", "timeout", "cliente", "shutdown", "erro")
-ended_done, ended_word, ended_timeout, ended_client, ended_shutdown, ended_error = end_reasons
+end_reasons = ("concluida", "eof", "timeout", "cliente", "shutdown", "erro", "perdida")
+ended_done, ended_word, ended_timeout, ended_client, ended_shutdown, ended_error, ended_lost = end_reasons
 
 # Tempo máximo, em segundos, de um cliente que não lê nada do que lhe foi enviado.
 client_timeout = 60.0
@@ -1957,8 +1988,8 @@ class client(asyncio.Protocol):
 class stream:
     """A resposta de um cliente, da submissão da tarefa ao fim do streaming."""
 
-    __slots__ = ("accepted", "client", "handed", "is_late", "is_noticed", "last_line", "reason", "runner", "sequence",
-                 "tail", "task", "timer", "waiter")
+    __slots__ = ("accepted", "client", "handed", "identity", "is_late", "is_noticed", "last_line", "reason", "received",
+                 "runner", "tail", "task", "timer", "waiter")
 
     def __init__(self, asked):
         """Prepara o stream, na thread da requisição.
@@ -1974,8 +2005,8 @@ class stream:
         self.handed = None
         # A corrotina; por que ela acaba; as últimas linhas, ainda por enviar.
         self.runner, self.reason, self.tail = None, None, b""
-        # Número da próxima retirada, que a torna repetível.
-        self.sequence = 1
+        # Quantos elementos já vieram do Redis, e de qual execução dele: uma queda pode dar em outra.
+        self.received, self.identity = 0, link.identity
         # O Redis avisou depois da última retirada; o futuro que o aviso acorda.
         self.is_noticed, self.waiter = False, None
         # O próximo prazo (None até que o socket seja do laço), se MAXTIME já se esgotou, e de quando ele conta.
@@ -2129,9 +2160,10 @@ class stream:
         # Dentro da transação, só a fila pode falhar: não é uma lista.
         if error := first_error(replies) or first_error(replies[-1]):
             self.reject(redis_words(error))
-        if replies[-1][-1] == 0 and not REDIS_QUEUE:
+        # Em um cluster, PUBLISH só conta quem ouve este nó.
+        if replies[-1][-1] == 0 and not REDIS_QUEUE and b"cluster_enabled:1" not in link.info:
             unheard[self] = None
-            again = "será anunciada de novo a cada segundo" if REDIS_REANNOUNCE and link.is_alone else (
+            again = "será anunciada de novo a cada segundo" if REDIS_REANNOUNCE and is_alone(link.info) else (
                 "não será anunciada de novo")
             log.warning("tarefa=%s ninguém ouve o canal %s: a tarefa %s", self.task.name, REDIS_CHANNEL, again)
             if meter is not None:
@@ -2147,6 +2179,7 @@ class stream:
             refusal: se o Redis não atende, ou a recusa.
         """
         apart = redis_link()
+        apart.owner, apart.nodes = link.owner, link.nodes.copy()
         try:
             await apart.connect()
             spawn(apart.watch())
@@ -2192,8 +2225,10 @@ class stream:
                 await self.waiter
             self.is_noticed = False
             key_type, elements = await self.take()
+            if key_type != b"none":
+                self.identity = link.identity
             if elements:
-                self.sequence += 1
+                self.received += len(elements)
                 chunk, lines, skipped, is_word = join_lines(elements)
                 self.client.count(chunk, lines, skipped)
                 if is_word or key_type == b"none":
@@ -2206,6 +2241,9 @@ class stream:
                 if PAUSE:
                     await asyncio.sleep(PAUSE / 1000)
             elif key_type == b"none":
+                if self.identity != link.identity and await link.insist(("EXISTS", self.task.taken)) == [0]:
+                    self.tail = error_line("data_lost", "o Redis recomeçou sem os dados desta tarefa")
+                    return ended_lost
                 return ended_done
             elif key_type not in (b"string", b"list"):
                 raise task_key_error(
@@ -2229,17 +2267,19 @@ class stream:
             if not link.take_head:
                 break
             command = b"*10\r\n" + link.take_head + pack_words(
-                key, self.task.list, self.task.taken, self.sequence, most, take_bytes, REDIS_TTL)
+                key, self.task.list, self.task.taken, self.received, most, take_bytes, REDIS_TTL)
             with contextlib.suppress(*redis_failures):
                 reply, = await link.send(command)
                 if isinstance(reply, Exception):
                     raise reply
                 return reply
         for source in (self.task.list, key):
-            *_, reply = await link.insist(("MULTI",), ("TYPE", key), ("LPOP", source), ("EXEC",))
+            # O guardado de quando havia scripts já não diria quantos elementos saíram.
+            *_, reply = await link.insist(
+                ("MULTI",), ("TYPE", key), ("LPOP", source), ("UNLINK", self.task.taken), ("EXEC",))
             if error := first_error([reply]) or first_error(reply):
                 raise error
-            key_type, line = reply
+            key_type, line, _ = reply
             if line is not None:
                 # Só a próxima consulta dirá se a lista se esvaziou.
                 return b"more", [line]
@@ -2289,7 +2329,7 @@ class stream:
         gate.served += 1
         if self.reason in (ended_timeout, ended_shutdown):
             self.tail = MAXTIME_ERROR + b"\n" if self.reason == ended_timeout else error_line("shutdown")
-        if self.reason in (ended_timeout, ended_shutdown, ended_error):
+        if self.reason in (ended_timeout, ended_shutdown, ended_error, ended_lost):
             sent.count(self.tail, len(self.tail) > 0, is_ours=True)
         now = loop.time()
         if meter is not None and sent.transport is not None:
@@ -2398,7 +2438,8 @@ async def keep_link():
             if not done:
                 tell_down(redis.TimeoutError())
             try:
-                await opening
+                for name, why in await opening:
+                    warn_rarely(f"{name}: {why}")
             except (redis.RedisError, OSError, RuntimeError) as error:
                 failures += 1
                 tell_down(error)
@@ -2406,8 +2447,8 @@ async def keep_link():
             attempt.set_result(None)
         # O que mudou enquanto ninguém ouvia.
         start_duty(functools.partial(examine, live))
-        if link.is_down:
-            link.is_down = False
+        if link.told:
+            link.told = ""
             log.info("Redis de volta")
             if meter is not None:
                 meter.returns.inc()
@@ -2425,17 +2466,16 @@ def tell_down(error):
     Argumentos:
         error (Exception): a causa.
     """
-    words = cause_of(error)
-    if not link.is_down:
-        link.is_down = True
+    words, was_told = cause_of(error), link.told
+    link.told = words
+    if not was_told:
         log.warning("Redis fora do ar: %s", words)
         tell_systemd()
         if meter is not None:
             meter.cuts.inc()
-    elif words not in link.told and isinstance(error, redis_refusals):
+    elif words not in was_told and isinstance(error, redis_refusals):
         # Ele atende de novo, mas recusa: é isso que o operador precisa saber.
         log.warning("Redis ainda fora do ar: %s", words)
-    link.told = words
 
 
 async def examine(streams):
@@ -2470,9 +2510,9 @@ async def announce_again():
     while REDIS_REANNOUNCE:
         await asyncio.sleep(announce_interval)
         with contextlib.suppress(*redis_failures):
-            if unheard:
-                await link.look_around()
-            for part in slices(unheard if link.is_alone else ()):
+            if not unheard or not is_alone(*await link.send(("INFO",))):
+                continue
+            for part in slices(unheard):
                 # Se a resposta se perder, não se sabe se foram ouvidas: não se repete.
                 for each in part:
                     unheard.pop(each, None)
@@ -2481,7 +2521,7 @@ async def announce_again():
                     # A que já tem linhas foi achada de outro modo.
                     if isinstance(count, int) and count > 0:
                         log.info("tarefa=%s ouvida, ao ser anunciada de novo", each.task.name)
-                    elif each in live and each.sequence == 1:
+                    elif each in live and not each.received:
                         unheard[each] = None
 
 
@@ -2576,7 +2616,7 @@ async def look_for_dead():
 
 def tell_systemd():
     """Informa o estado ao systemd e alimenta o vigia (WatchdogSec): se o laço travar, o serviço recomeça."""
-    state = "fora do ar" if link.is_down else "no ar"
+    state = "fora do ar" if link.told else "no ar"
     notify_systemd(f"WATCHDOG=1\nSTATUS=Redis {state}; streams vivos: {len(live)}; tarefas atendidas: {gate.served}")
 
 
@@ -2632,11 +2672,7 @@ error_codes = {
     505: ("version_not_supported", "versão do HTTP não atendida"),
 }
 # Cabeçalhos que acompanham um status, seja quem for que o envie.
-error_headers = {
-    401: [("WWW-Authenticate", "Bearer")],
-    405: [("Allow", ", ".join(all_methods))],
-    503: [("Retry-After", "5")],
-}
+error_headers = {401: [("WWW-Authenticate", "Bearer")], 405: [("Allow", ", ".join(all_methods))], 503: [("Retry-After", "5")]}
 
 
 app = flask.Flask(program, static_folder=None)
@@ -2688,9 +2724,7 @@ def error_parts(status, code=None, message=None):
         code, message = error_codes.get(status, error_codes[400 if status < 500 else 500])
     if meter is not None:
         meter.refusals.labels(str(status), code).inc()
-    return error_line(code, message), [
-        ("Content-Type", "application/json; charset=utf-8"), *error_headers.get(status, []),
-    ]
+    return error_line(code, message), [("Content-Type", "application/json; charset=utf-8"), *error_headers.get(status, [])]
 
 
 @app.errorhandler(Exception)
@@ -2748,8 +2782,6 @@ def admit():
             response.headers["Access-Control-Max-Age"] = "600"
             if wanted := request.headers.get("Access-Control-Request-Headers"):
                 response.headers["Access-Control-Allow-Headers"] = wanted
-            if request.headers.get("Access-Control-Request-Private-Network") == "true":
-                response.headers["Access-Control-Allow-Private-Network"] = "true"
         return response
     if AUTH_TOKEN and request.path != "/ping":
         scheme, _, token = request.headers.get("Authorization", "").strip().partition(" ")
@@ -3270,12 +3302,8 @@ class waitress_channel(waitress.channel.HTTPChannel):
 
 # De quem é, e o nome; check_insides os confere no início.
 insides = (
-    (flask.cli, "show_server_banner"),
-    (werkzeug.serving.WSGIRequestHandler, "make_environ"),
-    (waitress.channel.HTTPChannel, "service"),
-    (waitress.channel.HTTPChannel, "handle_close"),
-    (waitress.wasyncore, "dispatcher"),
-    (redis.Connection(), "_sock"),
+    (flask.cli, "show_server_banner"), (werkzeug.serving.WSGIRequestHandler, "make_environ"), (redis.Connection(), "_sock"),
+    (waitress.channel.HTTPChannel, "service"), (waitress.channel.HTTPChannel, "handle_close"), (waitress.wasyncore, "dispatcher"),
 )
 
 
@@ -3319,8 +3347,7 @@ def serve_flask(listener):
     werkzeug.serving.run_simple = run_simple
     # O aviso de servidor de desenvolvimento, que iria para a saída padrão.
     flask.cli.show_server_banner = lambda *_: None
-    app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, load_dotenv=False,
-            request_handler=flask_handler)
+    app.run(host=HTTP_HOST, port=HTTP_PORT, threaded=True, debug=False, load_dotenv=False, request_handler=flask_handler)
 
 
 def serve_waitress(listener):
@@ -3380,17 +3407,6 @@ def raise_descriptor_limit():
     if gate.limit < MAX_STREAMS:
         log.warning("MAX_STREAMS é %d, mas o processo só pode abrir %d descritores: o limite passa a %d",
                     MAX_STREAMS, hard, gate.limit)
-
-
-def url_host(host):
-    """Escreve um endereço como as URLs o pedem.
-
-    Argumentos:
-        host (str): endereço ou nome.
-    Retorna:
-        str: o IPv6 entre colchetes; o resto como veio.
-    """
-    return f"[{host}]" if ":" in host else host
 
 
 def open_listener(host, port, is_check):
@@ -3498,7 +3514,7 @@ class metrics_meter:
             ("streams", "Streams vivos.", lambda: len(live)),
             ("streams_limit", "MAX_STREAMS, ou menos se faltam descritores.", lambda: gate.limit),
             ("threads", "Threads do processo.", threading.active_count),
-            ("redis_up", "1 se o Redis responde.", lambda: int(not link.is_down)),
+            ("redis_up", "1 se o Redis responde.", lambda: int(not link.told)),
             ("redis_wake_up", "1 se o Redis avisa as mudanças (REDIS_WAKE).", lambda: int(link.is_tracked)),
         ):
             gauge(name, text).set_function(read)
@@ -3580,22 +3596,6 @@ handled_signals = (*stop_signals, signal.SIGHUP, signal.SIGUSR1)
 stop_patience = 1.0
 
 
-def shown_value(row, given):
-    """Mostra o valor efetivo de uma configuração.
-
-    Argumentos:
-        row (setting): linha da tabela.
-        given (layered): texto e camada.
-    Retorna:
-        str: o texto, mascarado se for segredo.
-    """
-    if row.secret:
-        return "********" if given.text else ""
-    if row.name == "REDIS_SERVER":
-        return REDIS_SERVER.shown
-    return given.text
-
-
 def show(text):
     """Escreve na saída padrão, que pode ser um cano, um arquivo ou nada.
 
@@ -3604,9 +3604,8 @@ def show(text):
     Levanta:
         OSError: se a saída falhar; quem parou de ler (head) não é uma falha.
     """
-    if sys.stdout is None:
-        return
-    with contextlib.suppress(BrokenPipeError):
+    # Sem saída padrão, sys.stdout é None.
+    with contextlib.suppress(BrokenPipeError, AttributeError):
         # Um terminal que não sabe uma letra não é motivo para não mostrar as outras.
         sys.stdout.reconfigure(errors="backslashreplace")
         sys.stdout.write(text + "\n")
@@ -3624,9 +3623,9 @@ def redis_problem(error, given):
         espera conserta; 1 nos outros casos.
     """
     shown, words = REDIS_SERVER.shown, cause_of(error)
-    is_absent = isinstance(error, redis.ResponseError) and re.match("(ERR )?DB index|SELECT ", words)
+    is_absent = isinstance(error, redis.ResponseError) and re.match("(ERR )?(DB index|SELECT |unknown command)", words)
     if is_absent or isinstance(error, redis.DataError):
-        why = f"o Redis não tem esse database ({words})" if is_absent else words
+        why = f"o Redis não tem esse {'comando' if 'command' in words else 'database'} ({words})" if is_absent else words
         return 2, f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: {why}"
     if isinstance(error, redis.AuthenticationError) or words.startswith(("NOAUTH", "WRONGPASS")):
         name = "REDIS_SERVER" if has_password(given["REDIS_SERVER"].text) else "REDIS_PASSWORD"
@@ -3635,6 +3634,21 @@ def redis_problem(error, given):
     is_refusal = isinstance(error, redis.ResponseError | redis.BusyLoadingError) or "max number of clients" in words
     verb = "recusou a conexão" if is_refusal else "não atende"
     return 1, f"REDIS_SERVER: o Redis em {shown} {verb}: {words}"
+
+
+def tell_problems(problems, given):
+    """Diz o que o Redis recusa do que uma tarefa pede.
+
+    Argumentos:
+        problems (list[tuple]): o que redis_link.open devolve.
+        given (dict): texto e camada de cada configuração.
+    Retorna:
+        int: status de saída: 2 se ele recusa algo, ou 0.
+    """
+    for name, why in problems:
+        text, layer = given[name]
+        log.error("%s: o valor %r (%s) não serve ao Redis em %s: %s", name, text, layer, REDIS_SERVER.shown, why)
+    return 2 if problems else 0
 
 
 async def check(given, state):
@@ -3650,16 +3664,24 @@ async def check(given, state):
     """
     global loop, link
     loop = asyncio.get_running_loop()
-    show("\n".join(f"{row.name} = {shown_value(row, given[row.name])}  ({given[row.name].layer})" for row in settings))
+    for row in settings:
+        text, layer = given[row.name]
+        text = REDIS_SERVER.shown if row.name == "REDIS_SERVER" else "********" if row.secret and text else text
+        show(f"{row.name} = {text}  ({layer})")
     status, _ = open_listeners(given, True, bool(state))
     if 0 < HTTP_PORT < 1024:
         show("aviso: HTTP_PORT: no serviço, uma porta abaixo de 1024 pede low-port.conf")
     link = redis_link()
     try:
-        await link.open()
-        show("\n".join([f"Redis em {REDIS_SERVER.shown}: respondeu ao PING",
-                        *[f"aviso: {caution}" for caution in await link.survey()]]))
-        return status
+        problems = await link.open()
+        names = re.findall(r"(?m)^(?!gcc_)(\w+)_version:(\S+)", link.info.decode())
+        is_cluster = b"cluster_enabled:1" in link.info
+        show("\n".join([
+            f"Redis em {REDIS_SERVER.shown}: respondeu ao PING", f"servidor: {' '.join(names[-1]) if names else 'não diz'}",
+            f"cluster: {'sim, nó {}:{}'.format(*(link.owner or link.nodes[0])) if is_cluster else 'não'}",
+            f"avisos: {'sim' if link.is_tracked else 'não'}", f"scripts: {'sim' if link.take_head else 'não'}",
+            *[f"aviso: {caution}" for caution in await link.survey()]]))
+        return max(status, tell_problems(problems, given))
     except (redis.RedisError, OSError) as error:
         problem, sentence = redis_problem(error, given)
         log.error("%s", sentence)
@@ -3920,7 +3942,7 @@ def kept_values(each):
     Retorna:
         tuple: pares (dono, nomes dos atributos).
     """
-    return ((each.task, ("name", "address", "method", "path", "started")), (each, ("sequence", "last_line")),
+    return ((each.task, ("name", "address", "method", "path", "started")), (each, ("received", "last_line")),
             (each.client, ("lines", "bytes", "skipped", "first_at", "sent_at")))
 
 
@@ -4071,8 +4093,11 @@ async def serve(given, state):
     link = redis_link()
     while True:
         try:
-            await link.open()
-            cautions = await link.survey()
+            problems = await link.open()
+            for caution in await link.survey():
+                log.warning("%s", caution)
+            if tell_problems(problems, given) and not state:
+                return 2
             break
         except (redis.RedisError, OSError, RuntimeError) as error:
             status, sentence = redis_problem(error, given)
@@ -4088,8 +4113,6 @@ async def serve(given, state):
         return status
     # Os que sobram fecham com o último dono.
     kept_listeners.clear()
-    for caution in cautions:
-        log.warning("%s", caution)
     raise_descriptor_limit()
     stopping = loop.create_future()
     for each in stop_signals:

@@ -94,7 +94,8 @@ def stop_amid_requests(start_proxy, connect, server):
     Retorno:
         Quantos pedidos foram recusados (os outros começaram, ou nem foram aceitos).
     """
-    with contextlib.closing(holder(server.port, b"PUBLISH")) as middle:
+    # O PUBLISH de uma tarefa, e não o da prova que o proxy faz ao abrir a conexão.
+    with contextlib.closing(holder(server.port, b"ndjson_jobs\r\n$48\r\n")) as middle:
         proxy = start_proxy("--drain", 0, env={"REDIS_SERVER": middle.address})
         proxy.freeze()
         crowd = [connect(proxy).request("POST", "/") for _ in range(60)]
