@@ -82,7 +82,7 @@ def running():
         worker = load_worker()
         link = redis.Redis(port=server.port, db=harness.default_db)
         stack.callback(link.close)
-        thread = threading.Thread(target=worker.listen, args=(link,))
+        thread = threading.Thread(target=worker.listen, args=(lambda: link,))
         thread.start()
         stack.callback(thread.join)
         stack.callback(worker.stopping.set)
