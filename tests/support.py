@@ -66,6 +66,12 @@ def open_streams(connect, proxy, worker, count, **options):
     return [(response, named[response.header("X-Task-Name")]) for response in responses]
 
 
+def row_words(row):
+    """Lê as palavras que uma configuração aceita. Argumentos: row, a linha da tabela. Retorno: lista, ou vazia."""
+    words = re.fullmatch(r"[\w/-]+(, [\w/-]+)* ou [\w/-]+", row.kind.allowed)
+    return re.split(", | ou ", row.kind.allowed) if words else []
+
+
 def finished_rows(proxy):
     """Lê as linhas de fim de tarefa do log (um aviso também pode nomear uma tarefa).
 

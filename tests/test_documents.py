@@ -194,15 +194,6 @@ def test_languages_are_not_mixed(page):
 # -- as configurações -----------------------------------------------------------
 
 
-def row_words(row):
-    """Lê as palavras que uma configuração aceita. Argumentos: row, a linha da tabela. Retorno: lista, ou vazia."""
-    return (
-        re.split(", | ou ", row.kind.allowed)
-        if re.fullmatch(r"[\w/-]+(, [\w/-]+)* ou [\w/-]+", row.kind.allowed)
-        else []
-    )
-
-
 @pytest.mark.parametrize(("language", "page"), [("pt", "configuracao.md"), ("en", "en/settings.md")])
 def test_settings(language, page):
     """Cada configuração da tabela tem a sua seção, na ordem, com argumentos, padrão, unidade e limites, e o que custa."""
@@ -219,7 +210,7 @@ def test_settings(language, page):
         limits = re.search(r"de (\d+) a (\d+)$", row.kind.allowed)
         assert not limits or re.search(rf"\b{limits[1]} {told['to']} {limits[2]}\b", allowed), name
         assert not row.unit or told[row.unit] in allowed, name
-        assert all(re.search(rf"\b{word}\b", allowed) for word in row_words(row)), name
+        assert all(re.search(rf"\b{word}\b", allowed) for word in support.row_words(row)), name
         assert [part.startswith(told["cost"]) for part in rest] == [False, True], name
 
 
