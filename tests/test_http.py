@@ -893,21 +893,6 @@ def test_cors_of_a_late_request(share_proxy, host, connect, worker):
     worker.idle()
 
 
-def test_trickled_request(share_proxy, host, connect, worker):
-    """Um pedido que chega a um byte por vez acaba no prazo de REQUEST_TIMEOUT, contado do começo dele."""
-    proxy = share_proxy("--cors-origin", "https://a.test", "--request-timeout", "2000", host=host)
-    conn = connect(proxy)
-    began = time.monotonic()
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        for byte in b"POST / HTTP/1.1\r\nHost: x\r\nX-Lento: " + b"a" * 40:
-            conn.send(bytes([byte]))
-            time.sleep(0.1)
-            if time.monotonic() - began > 6:
-                break
-    assert 2 <= time.monotonic() - began < 6
-    worker.idle()
-
-
 def test_cors_of_a_huge_header(share_proxy, host, connect, worker):
     """O 431 de um cabeçalho enorme que vem depois do Origin também pode ser lido."""
     proxy = share_proxy("--cors-origin", "*", "--max-body", "10", host=host)

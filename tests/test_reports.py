@@ -20,29 +20,6 @@ import harness
 import support
 
 
-@pytest.fixture
-def stack():
-    """O que precisa durar mais que os proxies: peça-o antes deles.
-
-    Retorno:
-        Um contextlib.ExitStack.
-    """
-    with contextlib.ExitStack() as made:
-        yield made
-
-
-@pytest.fixture
-def supervisor(stack):
-    """O systemd de um proxy.
-
-    Retorno:
-        Um support.supervisor.
-    """
-    made = support.supervisor()
-    stack.callback(made.close)
-    return made
-
-
 def settings(server, **more):
     """Compõe o ambiente de uma execução que termina por si. Argumentos: server, o Redis; more, o mais. Retorno: dict."""
     return {"ENV_FILE": "/dev/null", "HTTP_PORT": "0", "HTTP_HOST": "127.0.0.1", "REDIS_SERVER": server.address, **more}
@@ -324,7 +301,7 @@ def test_names_of_ipv6_only(start_redis, start_proxy, connect, start_worker, tmp
         for address in (f"seis.prova:{server.port}/1", f"sentinel://seis.prova:{sentinel.port}/mestre/1"):
             env = {"HTTP_HOST": "seis.prova", "METRICS_HOST": "seis.prova", "METRICS_PORT": port, "REDIS_SERVER": address}
             if address.startswith("sentinel"):
-                harness.eventually(lambda: listens("::1", sentinel.port), 10, "sentinela")
+                harness.eventually(lambda: harness.accepts(sentinel.port, "::1"), 10, "sentinela")
             proxy = start_proxy(redis=server, env=env, wrapper=support.with_files({"/etc/hosts": names}))
             assert pinged(proxy, host="::1")[0] == 200
             with contextlib.closing(harness.connection(port, "::1")) as conn:
@@ -332,13 +309,6 @@ def test_names_of_ipv6_only(start_redis, start_proxy, connect, start_worker, tmp
             proxy.stop()
     finally:
         sentinel.kill()
-
-
-def listens(address, port):
-    """Diz se há quem escute. Argumentos: address, port. Retorno: bool."""
-    with contextlib.suppress(OSError), contextlib.closing(harness.connection(port, address)):
-        return True
-    return False
 
 
 # -- linha 9: a razão que veio junto com o corte --------------------------------------------------------------
@@ -480,6 +450,7 @@ def test_strangers_to_http(start_proxy, connect, host):
         ("ssl_cert_reqs=CERT_NONE", ("ssl_cert_reqs", "none, optional ou required")),
         ("foo=1", ("foo",)),
         ("protocol=3", ("protocol",)),
+        ("socket_timeout=90", ("socket_timeout",)),
         ("socket_read_size=x", ("socket_read_size",)),
         ("credential_provider=x", ("credential_provider",)),
         ("redis_connect_func=x", ("redis_connect_func",)),

@@ -522,14 +522,6 @@ def test_argument_outside_utf8(flag):
     assert harness.refusal(flag, os.fsdecode(b"a\xffb"))
 
 
-@pytest.mark.parametrize("query", ["password=segredo&nada=1", "protocol=3", "socket_timeout=90&password=segredo"])
-def test_redis_url_options(query):
-    """Opções desconhecidas, ou que desfariam as do programa, são recusadas; a senha entre elas não aparece."""
-    sentence = harness.refusal("-R", f"redis://127.0.0.1:1/1?{query}", env={"ENV_FILE": "/dev/null"})
-    assert "REDIS_SERVER" in sentence
-    assert "segredo" not in sentence
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -800,12 +792,6 @@ def test_port_taken(host, tmp_path, redis_main):
         port = str(taken.getsockname()[1])
         sentence = start_failure(tmp_path, redis_main.address, HTTP_PORT=port, HTTP_SERVER=host)
     assert re.fullmatch(rf"erro: HTTP_PORT: .*\b{port}\b.* \(ambiente\) .*: Address already in use\b.*", sentence)
-
-
-def test_port_taken_by_ourselves(host, tmp_path, redis_main, shared_proxy):
-    """Um segundo proxy na mesma porta não rouba a do primeiro."""
-    port = str(shared_proxy.port)
-    assert port in start_failure(tmp_path, redis_main.address, HTTP_PORT=port, HTTP_SERVER=host)
 
 
 def test_foreign_address(host, tmp_path, redis_main):
