@@ -53,7 +53,7 @@ elsewhere = {
     "echo HTTP_HOST=127.0.0.1 >>/etc/py-ndjson-proxy.env": "root: packaging/test-debian",
     "packaging/install": "apt, como root: packaging/test-debian",
     "packaging/install --build-only .": "apt, como root: packaging/test-debian",
-    "docker compose -f packaging/container/compose.yaml up": "um contêiner",
+    "docker compose -f packaging/container/compose.yaml up --build": "um contêiner",
     "python3 -m venv .venv": "a rede; é o que tests/run faz",
     "cp /usr/share/doc/py-ndjson-proxy/examples/worker.service /etc/systemd/system/py-ndjson-worker.service": "root, systemd",
     "py-ndjson-proxy --check": "systemd: packaging/test-debian",
@@ -311,6 +311,7 @@ def plain(text, port=None, server=None):
         r"(?<=request_time\": )[\d.]+",
         r"(?<=curl/)[\d.]+",
         r"(?<=Date: ).*",
+        r"(?<=servidor: ).*",
         r"(?<=http://)[\d.]+:\d+(?= \(flask)",
         r"(?<=Content-Length: )\d+",
     ):
