@@ -637,9 +637,8 @@ def read_arguments(argv):
     Levanta:
         configuration_error: argumento desconhecido ou sem valor.
     """
-    parser = build_parser()
     try:
-        known, unknown = parser.parse_known_args(argv)
+        known, unknown = build_parser().parse_known_args(argv)
     except argparse.ArgumentError as error:
         flag = error.argument_name or "argumento"
         wants_value = any(name in row.flags for row in settings for name in flag.split("/"))
@@ -713,8 +712,7 @@ def unknown_names(values, path):
     Retorna:
         list[str]: um aviso por nome desconhecido, com a configuração mais parecida.
     """
-    names = [row.name for row in settings]
-    cautions = []
+    names, cautions = [row.name for row in settings], []
     for name in values:
         if name in names:
             continue
@@ -783,8 +781,7 @@ def load_settings(argv, environ):
         if row.name in arguments:
             upper[row.name] = layered(arguments[row.name], f"argumento {row.flags[-1]}")
     named = parse_setting(settings[-1], upper.get("ENV_FILE", given["ENV_FILE"]))
-    cautions = []
-    paths = named.split(":")
+    cautions, paths = [], named.split(":")
     for path in paths:
         # Só o último arquivo que o operador nomeou precisa existir.
         values = read_env_file(path, required=path == paths[-1] and "ENV_FILE" in upper)
@@ -980,6 +977,8 @@ def cause_of(error):
             return f"sem resposta em {redis_timeout:g} s"
         cause = cause.__cause__ or cause.__context__
     words = redis_words(error)
+    if words.startswith(("MOVED ", "ASK ", "TRYAGAIN ")):
+        return "as chaves mudam de nó no cluster"
     return "o servidor fecha a conexão; talvez só aceite TLS, rediss://" if words.startswith("Connection closed by") else words
 
 
@@ -1028,8 +1027,9 @@ take_bytes = 262144
 # Tirar uma linha precisa ser repetível: se a conexão cai depois do LPOP e antes da resposta, a
 # linha não está mais na lista nem chegou aqui. Por isso o pedido diz quantos elementos já vieram,
 # e o que sai da lista fica guardado até o pedido seguinte, com as contagens de antes e de depois: o
-# pedido repetido recebe o guardado; o que conta menos se atrasou na rede, e não tira nada; e o que
-# conta mais fala com uma réplica promovida que não soube das últimas retiradas, e delas se desfaz.
+# pedido repetido recebe o guardado; e o que conta menos se atrasou na rede, e não tira nada. O que
+# conta mais fala com uma réplica promovida que não soube das últimas retiradas: a resposta diz de
+# quantos elementos, e stream.skip_known decide se são velhos.
 # O guardado é texto, pois cmsgpack falta em alguns servidores, e a falta só se veria depois do LPOP.
 # TYPE e LPOP são um só passo: o fim só é declarado quando a chave sumiu E a lista se esvaziou
 # no mesmo instante; se a chave sumiu e ainda há linhas, o tipo devolvido é "more".
@@ -1044,32 +1044,27 @@ if before == had then
     lines[#lines + 1] = string.sub(kept, start, start + size - 1)
     start = start + size
   end
-  return {string.match(kept, '^%S+ %S+ (%S+)'), lines}
+  return {string.match(kept, '^%S+ %S+ (%S+)'), lines, 0}
 end
-if before > had then return {kind, {}} end
-local lines, sizes, size, is_behind = {}, {}, 0, after < had
+if before > had then return {kind, {}, 0} end
+local lines, sizes, size = {}, {}, 0
 local function fill(source)
   while #lines < tonumber(ARGV[2]) and size < tonumber(ARGV[3]) do
     local line = redis.call('LPOP', source)
     if not line then break end
-    if after < had then
-      after = after + 1
-    else
-      size = size + #line
-      lines[#lines + 1] = line
-      sizes[#sizes + 1] = #line
-    end
+    size = size + #line
+    lines[#lines + 1] = line
+    sizes[#sizes + 1] = #line
   end
 end
 fill(KEYS[2])
 if #lines == 0 and kind == 'list' then fill(KEYS[1]) end
-if #lines > 0 or is_behind then
+if #lines > 0 then
   if kind == 'none' and redis.call('EXISTS', KEYS[2]) == 1 then kind = 'more' end
-  if #lines == 0 then before = had - 1 else before = had end
-  local head = {before, had + #lines, kind, table.concat(sizes, ' ')}
-  redis.call('SET', KEYS[3], table.concat(head, ' ') .. '\\n' .. table.concat(lines), 'EX', ARGV[4])
+  local head = table.concat({had, had + #lines, kind, table.concat(sizes, ' ')}, ' ')
+  redis.call('SET', KEYS[3], head .. '\\n' .. table.concat(lines), 'EX', ARGV[4])
 end
-return {kind, lines}
+return {kind, lines, had - after}
 """
 
 # Recusas que não são do comando, mas do estado do servidor, e passam: ele carrega os
@@ -1134,13 +1129,11 @@ def sentinel_pool(options):
         redis.sentinel.SentinelConnectionPool: cada conexão pergunta de novo, ao ser
         aberta, quem é o mestre.
     """
-    access = REDIS_SERVER.url.removeprefix("sentinel://").rpartition("@")[0]
-    user, _, password = access.partition(":")
+    url = urllib.parse.urlsplit(REDIS_SERVER.url)
     master, database = REDIS_SERVER.shown.split("/")[3:]
     # Uma sentinela muda não pode consumir o tempo de quem espera pela resposta.
     asking = {"socket_timeout": redis_timeout / 4, "socket_connect_timeout": redis_timeout / 4, "retry": options["retry"]}
-    if access:
-        asking |= {"username": urllib.parse.unquote(user) or None, "password": urllib.parse.unquote(password)}
+    asking |= {name: urllib.parse.unquote(getattr(url, name)) for name in ("username", "password") if getattr(url, name)}
     sentinels = redis.sentinel.Sentinel(split_nodes(26379), sentinel_kwargs=asking)
     return redis.sentinel.SentinelConnectionPool(
         master, sentinels, socket_connect_timeout=redis_timeout / 2, socket_keepalive=True, db=int(database), **options,
@@ -1810,6 +1803,8 @@ client_timeout = 60.0
 closing_patience = 1.0
 # Tempo, em segundos, que tem a última consulta, depois que MAXTIME se esgota ou que o cliente sai.
 last_take_patience = 0.5
+# De quantos elementos um stream se lembra.
+most_recent = 8
 redis_unavailable = (504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
 last_chunk = b"0\r\n\r\n"
 send_buffer = 262144
@@ -1988,8 +1983,8 @@ class client(asyncio.Protocol):
 class stream:
     """A resposta de um cliente, da submissão da tarefa ao fim do streaming."""
 
-    __slots__ = ("accepted", "client", "handed", "identity", "is_late", "is_noticed", "last_line", "reason", "received",
-                 "runner", "tail", "task", "timer", "waiter")
+    __slots__ = ("accepted", "behind", "client", "handed", "identity", "is_late", "is_noticed", "last_line", "reason",
+                 "received", "recent", "runner", "tail", "task", "timer", "waiter")
 
     def __init__(self, asked):
         """Prepara o stream, na thread da requisição.
@@ -2005,8 +2000,10 @@ class stream:
         self.handed = None
         # A corrotina; por que ela acaba; as últimas linhas, ainda por enviar.
         self.runner, self.reason, self.tail = None, None, b""
-        # Quantos elementos já vieram do Redis, e de qual execução dele: uma queda pode dar em outra.
-        self.received, self.identity = 0, link.identity
+        # Quantos elementos já vieram do Redis, os hashes dos últimos, e quantos deles podem vir de novo.
+        self.received, self.recent, self.behind = 0, (), 0
+        # De qual execução do Redis eles vieram: uma queda pode dar em outra.
+        self.identity = link.identity
         # O Redis avisou depois da última retirada; o futuro que o aviso acorda.
         self.is_noticed, self.waiter = False, None
         # O próximo prazo (None até que o socket seja do laço), se MAXTIME já se esgotou, e de quando ele conta.
@@ -2224,12 +2221,11 @@ class stream:
                 self.waiter = loop.create_future()
                 await self.waiter
             self.is_noticed = False
-            key_type, elements = await self.take()
+            key_type, elements, behind = await self.take()
             if key_type != b"none":
                 self.identity = link.identity
             if elements:
-                self.received += len(elements)
-                chunk, lines, skipped, is_word = join_lines(elements)
+                chunk, lines, skipped, is_word = join_lines(self.skip_known(elements, behind))
                 self.client.count(chunk, lines, skipped)
                 if is_word or key_type == b"none":
                     self.tail = chunk
@@ -2251,11 +2247,31 @@ class stream:
             elif self.is_late:
                 return ended_timeout
 
+    def skip_known(self, elements, behind):
+        """Separa o que é novo do que uma réplica promovida devolve por não ter sabido das últimas retiradas.
+
+        Ela pode também não ter sabido das linhas, e só o conteúdo diz se uma é velha ou nova.
+
+        Argumentos:
+            elements (list[bytes]): elementos que vieram, um ou mais.
+            behind (int): quantas retiradas de elementos ela desconhece.
+        Retorna:
+            list[bytes]: os novos.
+        """
+        self.received += len(elements)
+        if behind := behind or self.behind:
+            known = min(len(elements), behind)
+            is_old = self.recent[known - 1 - behind:][:1] == (hash(elements[known - 1]),)
+            elements, self.behind = elements[known * is_old:], (behind - known) * is_old
+        self.recent = (*self.recent, *map(hash, elements[-most_recent:]))[-most_recent:]
+        return elements
+
     async def take(self):
         """Tira as próximas linhas e vê, no mesmo passo, se a chave da tarefa existe.
 
         Retorna:
-            tuple: (tipo da chave em bytes, none se ela e as linhas acabaram; lista de elementos).
+            tuple: (tipo da chave em bytes, none se ela e as linhas acabaram; lista de elementos; quantos dos que já
+            vieram o Redis desconhece).
         Levanta:
             redis.ResponseError: se o Redis recusa.
         """
@@ -2282,10 +2298,10 @@ class stream:
             key_type, line, _ = reply
             if line is not None:
                 # Só a próxima consulta dirá se a lista se esvaziou.
-                return b"more", [line]
+                return b"more", [line], 0
             if key_type != b"list":
                 break
-        return key_type, []
+        return key_type, [], 0
 
     async def was_finished(self):
         """Vê se o cliente que saiu já tinha tudo: a chave da tarefa e as linhas já acabaram.
