@@ -296,6 +296,8 @@ class relay(threading.Thread):
     """
 
     pace = 0
+    # Segundos, no máximo, entre duas chamadas a look; None, só depois de repassar algo.
+    tick = None
 
     def __init__(self, port):
         """Começa a escutar e a repassar.
@@ -365,13 +367,17 @@ class relay(threading.Thread):
     def run(self):
         """Repassa até close."""
         while True:
-            for key, _ in self.selector.select():
+            for key, _ in self.selector.select(self.tick):
                 if key.fileobj is self.bell:
                     return
                 if key.fileobj is self.listener:
                     self.accept()
                 elif key.fileobj.fileno() >= 0:
                     self.forward(key.fileobj, *key.data)
+            self.look()
+
+    def look(self):
+        """Faz o que os que derivam deste fazem a cada volta; aqui, nada."""
 
     def accept(self):
         """Aceita uma conexão e abre a correspondente com o Redis."""

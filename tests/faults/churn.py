@@ -57,30 +57,20 @@ return 1
 class breaker(support.relay):
     """Intermediário que, pedido, derruba todas as conexões e recusa novas por um tempo."""
 
-    def __init__(self, port):
-        """Começa a repassar. Argumentos: port, a do Redis."""
-        self.blocked = 0.0
-        super().__init__(port)
+    tick = 0.1
+    blocked = 0.0
 
     def sever(self):
         """Corta tudo por outage segundos."""
         self.blocked = time.monotonic() + outage
 
-    def run(self):
-        """Repassa até close, cortando quando pedido."""
-        while True:
-            for key, _ in self.selector.select(0.1):
-                if key.fileobj is self.bell:
-                    return
-                if key.fileobj is self.listener:
-                    self.accept()
-                elif key.fileobj.fileno() >= 0:
-                    self.forward(key.fileobj, *key.data)
-            if time.monotonic() < self.blocked:
-                for key in list(self.selector.get_map().values()):
-                    if key.data is not None:
-                        self.selector.unregister(key.fileobj)
-                        key.fileobj.close()
+    def look(self):
+        """Corta o que há, quando pedido."""
+        if time.monotonic() < self.blocked:
+            for key in list(self.selector.get_map().values()):
+                if key.data is not None:
+                    self.selector.unregister(key.fileobj)
+                    key.fileobj.close()
 
     def accept(self):
         """Aceita uma conexão; durante um corte, só para fechá-la."""
@@ -90,36 +80,22 @@ class breaker(support.relay):
             super().accept()
 
 
-class producer(threading.Thread):
+class producer(peers.finisher):
     """Worker que atende a todas as tarefas, cada uma no seu ritmo: o corpo do pedido diz quantas linhas e de quanto em
     quanto tempo. Fala com o Redis sem intermediário."""
 
     def __init__(self, server):
         """Assina o canal e começa. Argumentos: server, o harness.redis_server."""
-        super().__init__(name="producer", daemon=True)
-        self.client = server.new_client()
-        self.push = self.client.register_script(push_script)
-        self.worker = harness.worker(self.client)
         self.order, self.queue, self.count, self.wrong = 0, [], 0, []
-        self.halt = threading.Event()
-        self.failure = None
-        self.start()
+        super().__init__(server)
 
-    def run(self):
-        """Recebe tarefas e empurra linhas até close."""
-        try:
-            while not self.halt.is_set():
-                wait = min(0.1, max(0.0, self.queue[0][0] - time.monotonic())) if self.queue else 0.1
-                message = self.worker.pubsub.get_message(timeout=wait)
-                if message and message["type"] == "message":
-                    self.accept(message["data"])
-                while self.queue and self.queue[0][0] <= time.monotonic():
-                    self.feed(*heapq.heappop(self.queue)[2:])
-        except Exception as error:
-            self.failure = error
-            raise
+    def pause(self):
+        """Empurra as linhas cuja hora chegou. Retorno: segundos até a próxima."""
+        while self.queue and self.queue[0][0] <= time.monotonic():
+            self.feed(*heapq.heappop(self.queue)[2:])
+        return min(0.1, max(0.0, self.queue[0][0] - time.monotonic())) if self.queue else 0.1
 
-    def accept(self, key):
+    def finish(self, key):
         """Toma uma tarefa. Argumentos: key, a chave publicada."""
         raw = self.client.get(key)
         self.count += 1
@@ -149,18 +125,10 @@ class producer(threading.Thread):
     def feed(self, key, name, number, total, pace):
         """Empurra uma linha e marca a seguinte. Argumentos: os de schedule."""
         last = number == total - 1
-        alive = self.push(keys=[key, name], args=[json.dumps({"n": number, "fim": last}), int(last)])
+        line = json.dumps({"n": number, "fim": last})
+        alive = self.client.eval(push_script, 2, key, name, line, int(last))
         if alive and not last:
             self.schedule(key, name, number + 1, total, pace)
-
-    def close(self):
-        """Para e espera a linha de execução."""
-        self.halt.set()
-        self.join(10)
-        self.worker.close()
-        self.client.close()
-        self.client.connection_pool.disconnect()
-        assert self.failure is None, self.failure
 
 
 class visitor(peers.talk):

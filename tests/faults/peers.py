@@ -17,7 +17,6 @@ import threading
 import time
 
 import pytest
-import redis
 
 import harness
 
@@ -274,11 +273,15 @@ class finisher(threading.Thread):
         """Atende até close. O que a tarefa trazia fica em seen (None se já tinha sido apagada)."""
         try:
             while not self.halt.is_set():
-                message = self.worker.pubsub.get_message(timeout=0.1)
+                message = self.worker.pubsub.get_message(timeout=self.pause())
                 if message and message["type"] == "message":
                     self.finish(message["data"].decode())
-        except (redis.RedisError, OSError) as error:
+        except Exception as error:
             self.failure = error
+
+    def pause(self):
+        """Diz quanto esperar pela próxima tarefa. Retorno: segundos."""
+        return 0.1
 
     def finish(self, key):
         """Anota e encerra uma tarefa.
