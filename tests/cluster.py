@@ -159,6 +159,20 @@ class cluster:
             client.set(f"{{{tag}}}copiado", 1, px=1)
             assert client.wait(1, 10000) >= 1
 
+    def cut_off(self, master):
+        """Congela a réplica de um mestre e fecha a conexão dos dois: o que ele fizer daqui em diante, ela não saberá.
+
+        Argumentos:
+            master: o node.
+
+        Retorno:
+            O node da réplica, que quem chama descongela.
+        """
+        spare = self.replica(master)
+        spare.freeze()
+        assert master.ask("CLIENT", "KILL", "TYPE", "replica") == 1
+        return spare
+
     def wait_failover(self, tag, dead):
         """Espera que outro nó atenda a tag. Argumentos: tag; dead, o morto. Retorno: o node."""
         found = harness.eventually(

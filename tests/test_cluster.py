@@ -192,6 +192,45 @@ def test_owner_killed(group, start_proxy, connect, listen):
     assert {row["fim"] for row in support.finished_rows(proxy)} == {"concluida"}
 
 
+@pytest.mark.parametrize("knew", [True, False], ids=["soube_da_linha", "nem_da_linha"])
+@pytest.mark.parametrize("pushed", ["antes", "depois"])
+def test_replica_a_step_behind(group, start_proxy, connect, listen, knew, pushed):
+    """A réplica que assume não soube da última retirada, ou nem da linha retirada: o cliente, que já a leu, não a recebe
+    outra vez, e recebe as seguintes, venham elas antes ou depois de o proxy voltar."""
+    tag = tags[1]
+    proxy = start_proxy("-P", 0, "-i", 100, env={"REDIS_SERVER": group.address(), **cluster.prefixes(tag)})
+    response, task = support.open_stream(connect, proxy, listen(group.owner(tags[0])), "POST", "/")
+    for text in ("zero", "um"):
+        task.push(text)
+        assert response.line() == text.encode()
+    group.wait_copied(tag)
+    owner = group.owner(tag)
+    if knew:
+        proxy.freeze()
+        task.push("dois")
+        group.wait_copied(tag)
+    spare = group.cut_off(owner)
+    if knew:
+        proxy.thaw()
+    else:
+        task.push("dois")
+    assert response.line() == b"dois"
+    if pushed == "antes":
+        proxy.freeze()
+    owner.kill()
+    spare.thaw()
+    group.wait_failover(tag, owner)
+    if pushed == "depois":
+        harness.eventually(lambda: "Redis de volta" in proxy.log(), 20, "o proxy de volta")
+    task.push("três", "quatro")
+    proxy.thaw()
+    assert [response.line(20), response.line(20)] == ["três".encode(), b"quatro"]
+    task.push("cinco")
+    task.delete()
+    assert response.lines(20) == [b"cinco"]
+    assert support.finished_row(proxy, task)["fim"] == "concluida"
+
+
 def check_lost(proxy, response, task, begun):
     """Confere o fim de uma tarefa cujos dados se foram.
 

@@ -105,11 +105,17 @@ def parse_server():
 
 
 def keeper(link, key):
-    """Dá a conexão com quem guarda key: num cluster, um dos nós, e qualquer um se key é None. Retorna um redis.Redis."""
+    """Dá a conexão com quem guarda key: num cluster, um dos nós. Retorna um redis.Redis."""
+    return link if isinstance(link, redis.Redis) else link.get_redis_connection(link.get_node_from_key(key))
+
+
+def listener(link):
+    """Dá a conexão para ouvir o canal: num cluster, uma só dela, com qualquer nó. Retorna um redis.Redis."""
     if isinstance(link, redis.Redis):
         return link
-    node = link.get_node_from_key(key) if key else random.choice(link.get_nodes())
-    return link.get_redis_connection(node)
+    node, used = random.choice(link.get_nodes()), link.nodes_manager.connection_kwargs
+    return redis.Redis(host=node.host, port=node.port, username=used.get("username"), password=used.get("password"),
+                       **options)
 
 
 def look_again(link):
@@ -184,7 +190,7 @@ def serve(link, task_key):
 
 def published(link):
     """Produz a chave de cada tarefa publicada no canal; None ao assinar."""
-    channel = keeper(link, None).pubsub()        # num cluster, o que se publica em um nó chega a todos
+    channel = listener(link).pubsub()       # num cluster, o que se publica em um nó chega a todos
     try:
         channel.subscribe(REDIS_CHANNEL)
         while not stopping.is_set():
