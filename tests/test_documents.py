@@ -191,6 +191,17 @@ def test_languages_are_not_mixed(page):
         assert len(re.findall(other, line)) < 2, line
 
 
+def test_no_sentence_in_two_places():
+    """Nenhuma frase está em dois lugares: quem muda uma coisa, muda-a uma vez."""
+    places = {}
+    for page in every_page:
+        text = re.sub(r"`[^`\n]*`|\]\([^)]*\)", "", prose(read(page)))
+        for sentence in re.split(r"(?<=[.:;])\s+|\n+|\s\|\s", text):
+            if len(words_only := re.sub(r"\W+", " ", sentence).strip()) >= 50:
+                places.setdefault(words_only.lower(), []).append(page)
+    assert {sentence: pages for sentence, pages in places.items() if len(pages) > 1} == {}
+
+
 # -- as configurações -----------------------------------------------------------
 
 
