@@ -160,7 +160,7 @@ program = "py-ndjson-proxy"
 # Configurações: uma tabela e as variáveis globais que ela preenche
 # =============================================================================
 # Cada configuração é uma linha da tabela `settings`. Dela saem os argumentos, a
-# ajuda, o --check e os testes que prendem o arquivo de /etc, o manual e o README.
+# ajuda, o --check e os testes que prendem o arquivo de /etc e a documentação.
 
 
 class configuration_error(Exception):
