@@ -8,10 +8,10 @@ por não haver um worker ouvindo, e só um a recebe. Num cluster://, um só cana
 de todas as tags. Para fazer o seu worker, troque a função answer().
 """
 import argparse
-import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -22,7 +22,6 @@ import uuid
 import dotenv
 import redis
 import redis.backoff
-import redis.cluster
 import redis.retry
 
 
@@ -60,10 +59,11 @@ parallel = 16                   # tarefas da fila ao mesmo tempo neste processo
 DELAY = 0.3                     # segundos entre as palavras (--delay)
 expiry = 600                    # segundos; nada do que o worker cria dura mais que isso
 stopping = threading.Event()    # o sinal de término só levanta esta bandeira
-# O que passa sozinho: a queda, o Redis que troca de mestre, e as chaves que mudam de nó (MOVED é um ASK).
+# O que passa sozinho: a queda, o Redis que troca de mestre, e as chaves que mudam de nó num cluster (MOVED é um ASK). O
+# redis-py 4 não dá classes a estas, fora de um RedisCluster: valem as palavras do Redis.
 passing = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, redis.exceptions.ReadOnlyError,
-           redis.exceptions.ClusterDownError, redis.exceptions.AskError, redis.exceptions.TryAgainError,
-           redis.exceptions.RedisClusterException)
+           redis.exceptions.ClusterDownError, redis.exceptions.AskError, redis.exceptions.TryAgainError)
+passing_codes = re.compile(r"\b(CLUSTERDOWN|MASTERDOWN|MOVED|ASK|TRYAGAIN) ")
 # Sem repetição automática: um RPUSH que rodou e cuja resposta se perdeu rodaria de novo, e o cliente receberia a linha
 # duas vezes (o redis-py repete desde a 6.0). E no RESP2, que todo servidor fala (o redis-py 8 pediria o RESP3).
 options = {"retry": redis.retry.Retry(redis.backoff.NoBackoff(), 0), "socket_timeout": 10, "health_check_interval": 15,
@@ -86,56 +86,62 @@ def answer(task):
     yield {"type": "end"}
 
 
-def parse_server():
-    """Lê REDIS_SERVER. Retorna o endereço sem senha, e a função que o abre: um redis.Redis ou um RedisCluster."""
-    if REDIS_SERVER.startswith("cluster://"):
-        access, _, nodes = REDIS_SERVER.removeprefix("cluster://").rpartition("@")
-        user, _, password = map(urllib.parse.unquote, access.partition(":"))
-        seeds = [urllib.parse.urlsplit("//" + node) for node in nodes.split(",")]
-        seeds = [(seed.hostname, seed.port or 6379) for seed in seeds]
-        return nodes, lambda: redis.cluster.RedisCluster(
-            startup_nodes=[redis.cluster.ClusterNode(*seed) for seed in seeds], require_full_coverage=False,
-            username=user or None, password=REDIS_PASSWORD or password or None, **options)
-    link = redis.Redis.from_url(REDIS_SERVER if "://" in REDIS_SERVER else "redis://" + REDIS_SERVER, **options)
-    used = link.connection_pool.connection_kwargs
-    if REDIS_PASSWORD:              # vale mais que a senha da URL, como no proxy
-        used["password"] = REDIS_PASSWORD
-    where = used.get("path") or f"{used.get('host', 'localhost')}:{used.get('port', 6379)}"
-    return f"{where}/{used.get('db', 0)}", lambda: link
+class servers:
+    """O Redis, ou os nós de um cluster: cada tag mora em um, e qualquer outro diz qual é (MOVED)."""
+
+    def __init__(self):
+        """Lê REDIS_SERVER, sem conectar. Levanta ValueError se não entende o que lê."""
+        self.links, self.homes, self.access = {}, {}, {}    # conexões por endereço, endereço por tag
+        if REDIS_SERVER.startswith("cluster://"):
+            access, _, self.shown = REDIS_SERVER.removeprefix("cluster://").rpartition("@")
+            user, _, password = map(urllib.parse.unquote, access.partition(":"))
+            self.access = {"username": user or None, "password": REDIS_PASSWORD or password or None}
+            for seed in self.shown.split(","):
+                url = urllib.parse.urlsplit("//" + seed)
+                self.add((url.hostname, url.port or 6379))
+            return
+        link = redis.Redis.from_url(REDIS_SERVER if "://" in REDIS_SERVER else "redis://" + REDIS_SERVER, **options)
+        used = link.connection_pool.connection_kwargs
+        if REDIS_PASSWORD:          # vale mais que a senha da URL, como no proxy
+            used["password"] = REDIS_PASSWORD
+        where = used.get("path") or f"{used.get('host', 'localhost')}:{used.get('port', 6379)}"
+        self.shown, self.links = f"{where}/{used.get('db', 0)}", {None: link}
+
+    def add(self, where):
+        """Guarda uma conexão com where, par de endereço e porta, se ainda não há. Retorna where."""
+        if where not in self.links:
+            self.links[where] = redis.Redis(host=where[0], port=where[1], **self.access, **options)
+        return where
+
+    def keeper(self, key):
+        """Dá a conexão com o nó que guarda key (str ou bytes), ou com um qualquer que diga qual é."""
+        return self.links[self.homes.get(tag_of(key)) or random.choice(list(self.links))]
+
+    def learn(self, key, error):
+        """Aprende com o erro de um nó quem guarda key; se não foi MOVED, pergunta-se de novo a qualquer um. Sem retorno."""
+        found = re.search(r"\b\d+ (\S+):(\d+)$", str(error))
+        if found and (isinstance(error, redis.exceptions.MovedError) or "MOVED " in str(error)):
+            self.homes[tag_of(key)] = self.add((found[1], int(found[2])))
+        else:
+            self.homes.pop(tag_of(key), None)
 
 
-def keeper(link, key):
-    """Dá a conexão com quem guarda key: num cluster, um dos nós. Retorna um redis.Redis."""
-    return link if isinstance(link, redis.Redis) else link.get_redis_connection(link.get_node_from_key(key))
-
-
-def listener(link):
-    """Dá a conexão para ouvir o canal: num cluster, uma só dela, com qualquer nó. Retorna um redis.Redis."""
-    if isinstance(link, redis.Redis):
-        return link
-    node, used = random.choice(link.get_nodes()), link.nodes_manager.connection_kwargs
-    return redis.Redis(host=node.host, port=node.port, username=used.get("username"), password=used.get("password"),
-                       **options)
-
-
-def look_again(link):
-    """Pergunta ao cluster, se link é de um, que nó guarda o quê. Sem retorno."""
-    if not isinstance(link, redis.Redis):
-        with contextlib.suppress(redis.exceptions.RedisError, redis.exceptions.RedisClusterException):
-            link.nodes_manager.initialize()
+def tag_of(key):
+    """Dá o começo de key (str ou bytes) até o fim da tag, como str."""
+    return (key.decode(errors="replace") if isinstance(key, bytes) else key).partition("}")[0]
 
 
 def persist(link, key, action):
     """Chama action(conexão com quem guarda key, é repetição?) até o Redis responder. Retorna o que ela retornar."""
-    pause, again = 0.25, False
+    pause, again = 0.05, False
     while True:
         try:
-            return action(keeper(link, key), again)
-        except passing:
-            if stopping.wait(pause):
+            return action(link.keeper(key), again)
+        except redis.exceptions.RedisError as error:
+            if not (isinstance(error, passing) or passing_codes.search(str(error))) or stopping.wait(pause):
                 raise
-            pause, again = min(pause * 2, 8), True
-            look_again(link)
+            pause, again = min(pause * 2, 1), True
+            link.learn(key, error)
 
 
 def lines(task):
@@ -179,18 +185,18 @@ def serve(link, task_key):
                     return batch.execute()[0]
 
             if not persist(link, task_key, push):   # a chave sumiu: o cliente saiu, ou esgotou o tempo;
-                keeper(link, task_key).delete(task["task_list"])     # nosso RPUSH recriou a lista, sem leitor
+                link.keeper(task_key).delete(task["task_list"])     # nosso RPUSH recriou a lista, sem leitor
                 log(f"tarefa {task['task_name']}: acabou no proxy antes da linha {number}")
                 return
         persist(link, task_key, lambda node, again: node.delete(task_key))  # "acabou"; a lista o proxy ainda lê
         log(f"tarefa {task['task_name']}: {number} linhas")
-    except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, ValueError, KeyError) as error:
+    except (redis.exceptions.RedisError, ValueError, KeyError) as error:
         log(f"tarefa {task_key.decode(errors='replace')} abandonada: {error}")
 
 
 def published(link):
     """Produz a chave de cada tarefa publicada no canal; None ao assinar."""
-    channel = listener(link).pubsub()       # num cluster, o que se publica em um nó chega a todos
+    channel = link.keeper(REDIS_CHANNEL).pubsub()   # num cluster, qualquer nó: o que se publica em um chega a todos
     try:
         channel.subscribe(REDIS_CHANNEL)
         while not stopping.is_set():
@@ -206,8 +212,7 @@ def published(link):
 
 def queued(link):
     """Produz a chave de cada tarefa tirada da fila, que já não é de mais ninguém; None ao conectar."""
-    node = keeper(link, REDIS_QUEUE)
-    node.ping()
+    node = persist(link, REDIS_QUEUE, lambda node, again: (node.exists(REDIS_QUEUE), node)[1])
     log(f"à espera na fila {REDIS_QUEUE}")
     yield None
     while not stopping.is_set():
@@ -221,23 +226,21 @@ def queued(link):
                 yield popped[1]
 
 
-def listen(connect):
-    """Abre o Redis com connect, recebe tarefas e abre uma thread para cada uma, até o término. Sem retorno."""
-    link, pause = None, 0
+def listen(link):
+    """Recebe tarefas do Redis de link e abre uma thread para cada uma, até o término. Sem retorno."""
+    pause = 0
     while not stopping.is_set():
         try:
-            link = link or connect()
             for task_key in queued(link) if REDIS_QUEUE else published(link):
                 pause = 0
                 if task_key:
                     threading.Thread(target=serve, args=(link, task_key)).start()
-        except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
+        except redis.exceptions.RedisError as error:
             if not pause:           # uma linha por queda, não uma por tentativa
                 log(f"sem Redis, tentando de novo até conseguir: {error}")
             pause = min(pause * 2 or 0.25, 8)
             stopping.wait(pause)
-            if link:
-                look_again(link)
+            link.learn(REDIS_QUEUE or REDIS_CHANNEL, error)
 
 
 def main():
@@ -249,11 +252,11 @@ def main():
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
     try:
-        shown, connect = parse_server()
+        link = servers()
     except ValueError:              # a frase do redis-py poderia trazer um pedaço da senha
         fail("REDIS_SERVER: este worker entende ip:porta/database, redis://, rediss://, unix:// e cluster://")
-    log(f"Redis em {shown}")
-    listen(connect)
+    log(f"Redis em {link.shown}")
+    listen(link)
 
 
 if __name__ == "__main__":
