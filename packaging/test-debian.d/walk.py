@@ -56,16 +56,8 @@ class failure(Exception):
 
 def call(command):
     """Roda um comando do shell; devolve o que o subprocess conta dele, com saída e erros juntos."""
-    return subprocess.run(
-        command,
-        shell=True,
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        timeout=400,
-    )
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, shell=True, check=False, timeout=400, **pipes)
 
 
 def run(command):
@@ -156,6 +148,14 @@ def serve(**values):
     """Reinicia o serviço com as configurações dadas, e só elas."""
     configure(**values)
     restart()
+
+
+def refuses(action, *words, **values):
+    """Exige que o restart ou o reload falhe com as configurações dadas, e que o diário diga por quê."""
+    mark = now()
+    configure(**values)
+    expect(fails(f"systemctl {action} {unit}"), f"o {action} devia falhar")
+    holds(journal(mark, "-p err"), *words)
 
 
 def drop_in(*names):
@@ -505,9 +505,7 @@ def edit():
 def bad_value():
     """Um valor ruim: a unidade falha, o diário diz nome, valor e arquivo, e ela não insiste; corrigido, volta."""
     mark = now()
-    configure(HTTP_PORT="oitenta")
-    expect(fails(f"systemctl restart {unit}"), "o restart devia falhar")
-    holds(journal(mark, "-p err _PID=" + show("ExecMainPID")), "HTTP_PORT", "'oitenta'", str(conffile), "65535")
+    refuses("restart", "HTTP_PORT", "'oitenta'", str(conffile), "65535", HTTP_PORT="oitenta")
     # "auto-restart" seria o estado de quem ainda vai insistir.
     found = [show(name) for name in ("ActiveState", "SubState", "ExecMainStatus", "NRestarts")]
     equal(found, ["failed", "failed", "2", "0"])
@@ -523,8 +521,7 @@ def secrets():
     mark = now()
     redis("CONFIG", "SET", "requirepass", "abacaxi-azul")
     try:
-        configure(REDIS_PASSWORD="'senha-errada-77'")
-        expect(fails(f"systemctl restart {unit}"), "o restart devia falhar com a senha errada")
+        refuses("restart", REDIS_PASSWORD="'senha-errada-77'")
         holds(call("py-ndjson-proxy --check").stdout, "!senha-errada-77")
         configure(REDIS_PASSWORD="'abacaxi-azul'")
         eventually(active, 15, "não subiu sozinho depois de a senha ser corrigida")
@@ -558,7 +555,7 @@ def redis_down():
 def patience():
     """Reiniciado sem Redis, insiste a cada 5 s, com uma linha por tentativa, e sobe sozinho quando o Redis volta."""
     run("systemctl stop redis-server")
-    expect(fails(f"systemctl restart {unit}"), "o restart devia falhar sem o Redis")
+    refuses("restart")
     mark, began = now(), time.monotonic()
     eventually(lambda: int(show("NRestarts")) >= 2 and show("ExecMainStatus") == "1", 30, lambda: journal(mark))
     took, tries = time.monotonic() - began, int(show("NRestarts"))
@@ -625,21 +622,15 @@ def not_reloaded():
     """reload recusado: com um valor errado ou o Redis fora do ar ele falha, o diário diz por quê, e nada muda."""
     pid = main_pid()
     with counting("reload recusado"):
-        mark = now()
-        configure(HTTP_PORT="oitenta", SERVERNAME="outro")
-        expect(fails(f"systemctl reload {unit}"), "o reload devia falhar")
-        holds(journal(mark, "-p err"), "HTTP_PORT", "'oitenta'", str(conffile), "65535")
+        refuses("reload", "HTTP_PORT", "'oitenta'", str(conffile), "65535", HTTP_PORT="oitenta", SERVERNAME="outro")
         # Sem passar pelo systemctl, quem recusa é o próprio programa.
         mark = now()
         os.kill(pid, 1)
         eventually(lambda: "'oitenta'" in journal(mark, "-p err"), 10, "o programa não disse por que recusou")
         eventually(active, 5, "o systemd ainda espera pela recarga")
         equal((main_pid(), server_name()), (pid, "py-ndjson-proxy"))
-    configure()
-    mark = now()
     run("systemctl stop redis-server")
-    expect(fails(f"systemctl reload {unit}"), "o reload devia falhar sem o Redis")
-    holds(journal(mark, "-p err"), "não atende")
+    refuses("reload", "não atende")
     run("systemctl start redis-server")
     eventually(lambda: ping() == (200, "pong"), 10, "/ping não voltou")
     equal((active(), main_pid()), (True, pid))
@@ -671,8 +662,7 @@ def nobody_refused():
     serve()
     expect(is_open(), "a porta está fechada")
     closes(8781)
-    configure(HTTP_PORT="oitenta")
-    expect(fails(f"systemctl restart {unit}"), "o restart devia falhar")
+    refuses("restart", HTTP_PORT="oitenta")
     closes()
 
 
@@ -831,10 +821,7 @@ def other_redis():
 @step(1, "trixie")
 def low_port():
     """low-port.conf permite a porta 80, e sem ele o diário diz por que não."""
-    mark = now()
-    configure(HTTP_PORT="80")
-    expect(fails(f"systemctl restart {unit}"), "a porta 80 devia ser negada")
-    holds(journal(mark, "-p err"), "a porta 80", "low-port.conf")
+    refuses("restart", "a porta 80", "low-port.conf", HTTP_PORT=80)
     drop_in("low-port.conf")
     restart()
     stream(at=80)
