@@ -50,7 +50,7 @@ Quem é dono do quê
 Como uma linha viaja
     O Redis avisa, pela conexão comum (link), qual chave mudou; o aviso acorda o
     stream, que tira a linha com LPOP e a escreve no socket. INTERVAL é só uma rede: um
-    aviso perdido é achado por ela. Um cliente que não lê faz parar o LPOP do seu stream.
+    aviso perdido é achado por ela, que olha um stream de cada vez. Um cliente que não lê faz parar o LPOP do seu stream.
 """
 
 import sys
@@ -343,10 +343,6 @@ def parse_header_names(text):
     return frozenset(names)
 
 
-origin_form = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@:*\[\]]+)(?::([0-9]{1,5}))?")
-default_ports = {"http": 80, "https": 443}
-
-
 def parse_origin(text):
     """Lê uma origem de CORS.
 
@@ -361,14 +357,12 @@ def parse_origin(text):
     origin = text.rstrip("/").lower()
     if origin in ("*", "null"):
         return origin
-    parts = origin_form.fullmatch(origin)
-    if not parts:
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/?#@:*\[\]]+)(:[1-9][0-9]{0,4})?", origin):
         raise ValueError(text)
-    scheme, host, port = parts[1], parts[2].encode("idna").decode(), int(parts[3] or default_ports.get(parts[1], 1))
-    if not 1 <= port <= 65535:
-        raise ValueError(text)
-    is_implied = parts[3] is None or port == default_ports.get(scheme)
-    return f"{scheme}://{host}" if is_implied else f"{scheme}://{host}:{port}"
+    # A propriedade port recusa o que passa de 65535.
+    url = urllib.parse.urlsplit(origin)
+    port = "" if url.port in (None, {"http": 80, "https": 443}.get(url.scheme)) else f":{url.port}"
+    return f"{url.scheme}://{url_host(url.hostname).encode('idna').decode()}{port}"
 
 
 def parse_origins(text):
@@ -458,7 +452,12 @@ def parse_nodes(text):
         if url.port == 0:
             raise ValueError(text)
         parse_host(url.hostname)
-    return redis_address(text, f"{parts[1]}://{parts[2]}" + (f"/{parts[3]}/{int(parts[4] or 0)}" if parts[3] else ""))
+    if parts[1] == "cluster":
+        # Os outros nós só diferem no endereço.
+        first = re.sub(r"^cluster://((?:.*@)?[^,@]*).*", r"redis://\1", text)
+        redis.ConnectionPool.from_url(first)
+        return redis_address(first, f"cluster://{parts[2]}")
+    return redis_address(text, f"sentinel://{parts[2]}/{parts[3]}/{int(parts[4] or 0)}")
 
 
 def parse_redis_address(text):
@@ -529,14 +528,12 @@ line_types = ("application/x-ndjson", "application/json-lines", "application/jso
 settings = [
     setting("HTTP_PORT", ("-p", "--port"), integer(0, 65535), "8771", "HTTP", "", "porta HTTP; 0 escolhe uma livre"),
     # O padrão é o da especificação; quem quer menos tem HTTP_HOST, AUTH_TOKEN e localhost-only.conf.
-    setting("HTTP_HOST", ("--host",), host_kind, "0.0.0.0", "HTTP", "",  # nosec B104
-            "endereço em que o servidor escuta; :: atende IPv6 e IPv4"),
+    setting("HTTP_HOST", ("--host",), host_kind, "0.0.0.0", "HTTP", "", "endereço; :: é IPv6 e IPv4"),  # nosec B104
     setting("HTTP_SERVER", ("--server",), choice("flask", "waitress"), "flask", "HTTP", "", "servidor da aplicação"),
     setting("SERVERNAME", ("-s", "--servername"), header_kind, program, "HTTP", "", "cabeçalho Server das respostas"),
     setting("CONTENT_TYPE", ("--content-type",), choice(*line_types, "application/json"), line_types[0], "HTTP", "",
             "tipo do streaming para o cliente cujo Accept não nomeia nenhum dos nossos"),
-    setting("AUTH_TOKEN", ("--auth-token",), tokens_kind, "", "HTTP", "",
-            "token exigido em Authorization: Bearer, ou vários; vazio não exige", True),
+    setting("AUTH_TOKEN", ("--auth-token",), tokens_kind, "", "HTTP", "", "tokens aceitos; vazio não exige", True),
     setting("HEADERS_EXCLUDE", ("--headers-exclude",), names_kind, "", "HTTP", "",
             "cabeçalhos que não vão para o Redis; vazio é authorization,cookie se houver AUTH_TOKEN"),
     setting("CORS_ORIGIN", ("--cors-origin",), origins_kind, "", "HTTP", "", "origens autorizadas; vazio desliga"),
@@ -545,32 +542,25 @@ settings = [
     setting("REDIS_SERVER", ("-R", "--redis"), redis_kind, "127.0.0.1:6379/1", "Redis", "", "endereço do Redis"),
     setting("REDIS_PASSWORD", ("-S", "--secret"), text_kind, "", "Redis", "", "senha do Redis", True),
     setting("REDIS_CHANNEL", ("-C", "--channel"), name_kind, "ndjson_jobs", "Redis", "", "canal das tarefas"),
-    setting("REDIS_QUEUE", ("--queue",), queue_kind, "", "Redis", "",
-            "lista em que as tarefas também entram, para workers que usam BLPOP; vazio desliga"),
+    setting("REDIS_QUEUE", ("--queue",), queue_kind, "", "Redis", "", "fila das tarefas, para BLPOP; vazio desliga"),
     setting("REDIS_PREFIX", ("-X", "--prefix"), name_kind, "ndjson_task_", "Redis", "", "prefixo da chave da tarefa"),
     setting("REDIS_LIST_PREFIX", ("-L", "--list-prefix"), name_kind, "ndjson_list_", "Redis", "", "prefixo da lista"),
     setting("REDIS_TTL", ("--ttl",), integer(3, 31536000), "600", "Redis", "s", "validade das chaves, renovada em uso"),
     setting("REDIS_WAKE", ("--wake",), switch_kind, "on", "Redis", "", "o Redis avisa qual chave mudou"),
-    setting("REDIS_REANNOUNCE", ("--reannounce",), switch_kind, "on", "Redis", "",
-            "a tarefa que ninguém ouviu é publicada de novo a cada segundo, até que um worker a ouça"),
-    setting("INTERVAL", ("-i", "--interval"), integer(1, day), "200", "Tempos", "ms",
-            "tempo entre duas consultas por linhas novas; com os avisos, só uma rede"),
+    setting("REDIS_REANNOUNCE", ("--reannounce",), switch_kind, "on", "Redis", "", "repete o anúncio não ouvido"),
+    setting("INTERVAL", ("-i", "--interval"), integer(1, day), "200", "Tempos", "ms", "tempo entre duas consultas"),
     setting("PAUSE", ("-P", "--pause"), integer(0, day), "20", "Tempos", "ms", "pausa após cada linha; 0: em lotes"),
     setting("MAXTIME", ("-t", "--maxtime"), integer(1, day), "45000", "Tempos", "ms", "tempo máximo sem linha nova"),
     setting("MAXTIME_ERROR", ("-E", "--maxtime-error"), line_kind, '{"error": "timeout"}', "Tempos", "",
             "linha enviada quando MAXTIME se esgota"),
-    setting("HEARTBEAT", ("--heartbeat",), integer(0, day), "0", "Tempos", "ms",
-            "silêncio após o qual HEARTBEAT_LINE é enviada; 0 desliga"),
+    setting("HEARTBEAT", ("--heartbeat",), integer(0, day), "0", "Tempos", "ms", "silêncio até HEARTBEAT_LINE; 0 desliga"),
     setting("HEARTBEAT_LINE", ("--heartbeat-line",), line_kind, '{"type": "ping"}', "Tempos", "",
             "linha que mantém viva uma conexão silenciosa; não conta para MAXTIME"),
     setting("DRAIN", ("--drain",), integer(0, day), "5000", "Tempos", "ms", "tempo dos streams quando o serviço para"),
     setting("MAX_STREAMS", ("--max-streams",), integer(1, 100000), "4096", "Limites", "", "streams simultâneos"),
-    setting("MAX_BODY", ("--max-body",), integer(0, 536870912), "16777216", "Limites", "bytes",
-            "tamanho máximo do corpo da requisição; maior recebe 413"),
-    setting("REQUEST_TIMEOUT", ("--request-timeout",), integer(100, day), "30000", "Limites", "ms",
-            "prazo para a requisição chegar inteira, com o corpo; vencido, recebe 408"),
-    setting("METRICS_PORT", ("--metrics-port",), integer(0, 65535), "0", "Métricas", "",
-            "porta das métricas para o Prometheus, em /metrics; 0 desliga"),
+    setting("MAX_BODY", ("--max-body",), integer(0, 536870912), "16777216", "Limites", "bytes", "tamanho máximo do corpo"),
+    setting("REQUEST_TIMEOUT", ("--request-timeout",), integer(100, day), "30000", "Limites", "ms", "prazo da requisição"),
+    setting("METRICS_PORT", ("--metrics-port",), integer(0, 65535), "0", "Métricas", "", "porta das métricas; 0 desliga"),
     setting("METRICS_HOST", ("--metrics-host",), host_kind, "127.0.0.1", "Métricas", "", "endereço das métricas"),
     setting("LOG_LEVEL", ("--log-level",), choice("debug", "info", "warning", "error"), "info", "Log", "",
             "nível mínimo das mensagens de log"),
@@ -862,8 +852,8 @@ told_warnings = {}
 class log_formatter(logging.Formatter):
     """Formata uma linha de log: <N> para o journald, palavra do nível fora dele."""
 
-    priorities: typing.ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
-    words: typing.ClassVar = {"WARNING": "aviso: ", "ERROR": "erro: ", "CRITICAL": "erro: "}
+    priorities: typing.ClassVar = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3}
+    words: typing.ClassVar = {"WARNING": "aviso: ", "ERROR": "erro: "}
 
     def __init__(self, is_journal):
         """Guarda o destino.
@@ -1029,14 +1019,16 @@ take_bytes = 262144
 # e o que sai da lista fica guardado até o pedido seguinte, com as contagens de antes e de depois: o
 # pedido repetido recebe o guardado; e o que conta menos se atrasou na rede, e não tira nada. O que
 # conta mais fala com uma réplica promovida que não soube das últimas retiradas: a resposta diz de
-# quantos elementos, e stream.skip_known decide se são velhos.
+# quantos elementos, e stream.skip_known decide se são velhos. Se o guardado sumiu com a chave da
+# tarefa, os dados se perderam ("lost"): o fim de uma tarefa o deixa.
 # O guardado é texto, pois cmsgpack falta em alguns servidores, e a falta só se veria depois do LPOP.
+# Em um cluster, a lista que se esvazia enquanto as chaves mudam de nó já é recusada ao script: pcall.
 # TYPE e LPOP são um só passo: o fim só é declarado quando a chave sumiu E a lista se esvaziou
 # no mesmo instante; se a chave sumiu e ainda há linhas, o tipo devolvido é "more".
 take_script = """
 local kind, had = redis.call('TYPE', KEYS[1]).ok, tonumber(ARGV[1])
 local before, after = string.match(redis.call('GETRANGE', KEYS[3], 0, 39), '^(%d+) (%d+)')
-before, after = tonumber(before) or -1, tonumber(after) or had
+before, after = tonumber(before) or -1, tonumber(after) or 0
 if before == had then
   local kept, lines = redis.call('GET', KEYS[3]), {}
   local start = string.find(kept, '\\n', 1, true) + 1
@@ -1047,11 +1039,11 @@ if before == had then
   return {string.match(kept, '^%S+ %S+ (%S+)'), lines, 0}
 end
 if before > had then return {kind, {}, 0} end
-local lines, sizes, size = {}, {}, 0
+local lines, sizes, size, failure = {}, {}, 0, nil
 local function fill(source)
   while #lines < tonumber(ARGV[2]) and size < tonumber(ARGV[3]) do
-    local line = redis.call('LPOP', source)
-    if not line then break end
+    local line = redis.pcall('LPOP', source)
+    if type(line) ~= 'string' then failure = line break end
     size = size + #line
     lines[#lines + 1] = line
     sizes[#sizes + 1] = #line
@@ -1059,10 +1051,13 @@ local function fill(source)
 end
 fill(KEYS[2])
 if #lines == 0 and kind == 'list' then fill(KEYS[1]) end
+if #lines == 0 and failure then return failure end
 if #lines > 0 then
-  if kind == 'none' and redis.call('EXISTS', KEYS[2]) == 1 then kind = 'more' end
+  if kind == 'none' and redis.pcall('EXISTS', KEYS[2]) == 1 then kind = 'more' end
   local head = table.concat({had, had + #lines, kind, table.concat(sizes, ' ')}, ' ')
   redis.call('SET', KEYS[3], head .. '\\n' .. table.concat(lines), 'EX', ARGV[4])
+elseif kind == 'none' and after == 0 and had > 0 then
+  kind = 'lost'
 end
 return {kind, lines, had - after}
 """
@@ -1100,8 +1095,7 @@ def redis_pool():
     else:
         if not REDIS_SERVER.url.startswith("unix:"):
             options |= {"socket_connect_timeout": redis_timeout, "socket_keepalive": True}
-        # De um cluster, o primeiro nó.
-        pool = redis.ConnectionPool.from_url(re.sub(r"^cluster([^,]+).*", r"redis\1", REDIS_SERVER.url), **options)
+        pool = redis.ConnectionPool.from_url(REDIS_SERVER.url, **options)
     pool.connection_kwargs["decode_responses"] = False
     if REDIS_PASSWORD:
         pool.connection_kwargs["password"] = REDIS_PASSWORD
@@ -1159,10 +1153,10 @@ class redis_link:
         # A conexão do redis-py, que abre e fecha o socket; aqui só se lê e escreve nele.
         self.connection = self.pool.make_connection()
         self.socket = None
-        # Os nós de um cluster, em rodízio (um Redis só é o único), e o que um deles disse ser o dono das chaves.
+        # Os nós de um cluster, em rodízio (um Redis só é o único), e o das nossas chaves, segundo um deles.
         is_cluster = REDIS_SERVER.shown.startswith("cluster:")
         single = getattr(self.connection, "host", None), getattr(self.connection, "port", None)
-        self.nodes, self.owner = collections.deque(split_nodes(6379) if is_cluster else [single]), None
+        self.nodes, self.moved_to = collections.deque(split_nodes(6379) if is_cluster else [single]), None
         # Bytes que o sistema ainda não aceitou, e se ele avisará quando couberem mais.
         self.outgoing, self.is_blocked = bytearray(), False
         # Bytes recebidos ainda sem resposta inteira, e o mínimo que falta a ela.
@@ -1199,7 +1193,10 @@ class redis_link:
             except (redis.RedisError, OSError, RuntimeError) as error:
                 self.lose(error)
                 left -= 1
-                if not left or (self.owner is None and len(self.nodes) < 2):
+                if not redis_words(error).startswith("MOVED "):
+                    self.moved_to = None
+                    self.nodes.rotate(-1)
+                if not left or (self.moved_to is None and len(self.nodes) < 2):
                     raise redis.TimeoutError("sem resposta do Redis") if isinstance(error, TimeoutError) else error from None
 
     async def connect(self):
@@ -1208,7 +1205,7 @@ class redis_link:
         Levanta:
             redis.RedisError, OSError: se o Redis não atender.
         """
-        self.connection.host, self.connection.port = self.owner or self.nodes[0]
+        self.connection.host, self.connection.port = self.moved_to or self.nodes[0]
         # Nomes, TCP, TLS, AUTH e SELECT esperam pela rede: não no laço.
         try:
             await asyncio.to_thread(self.connection.connect)
@@ -1317,12 +1314,10 @@ class redis_link:
             error (Exception): a causa.
             is_quiet (bool): verdadeiro se o Redis a fechou em repouso: só é uma queda se a próxima não abrir.
         """
-        moved = re.match(r"MOVED \d+ (.*):(\d+)", str(error))
-        self.owner = (moved[1] or self.connection.host, int(moved[2])) if moved else None
-        if not moved:
-            self.nodes.rotate(-1)
         if self.socket is None:
             return
+        if moved := re.match(r"MOVED \d+ (.*):(\d+)", str(error)):
+            self.moved_to = moved[1] or self.connection.host, int(moved[2])
         loop.remove_reader(self.socket)
         loop.remove_writer(self.socket)
         self.connection.disconnect()
@@ -1804,7 +1799,7 @@ closing_patience = 1.0
 # Tempo, em segundos, que tem a última consulta, depois que MAXTIME se esgota ou que o cliente sai.
 last_take_patience = 0.5
 # De quantos elementos um stream se lembra.
-most_recent = 8
+most_recent = 32
 redis_unavailable = (504, "redis_unavailable", "o Redis não respondeu; tente de novo em instantes")
 last_chunk = b"0\r\n\r\n"
 send_buffer = 262144
@@ -1834,7 +1829,7 @@ class gate:
     is_closed = False
     # Uma recarga está em curso, e foi pedida outra vez.
     is_reloading = is_asked_again = False
-    # Não se aceita mais ninguém, e não há volta.
+    # Não se aceita mais ninguém: ou o programa é trocado, ou para.
     is_paused = False
     # As linhas podem ser tiradas do Redis.
     may_take = asyncio.Event()
@@ -2002,7 +1997,7 @@ class stream:
         self.runner, self.reason, self.tail = None, None, b""
         # Quantos elementos já vieram do Redis, os hashes dos últimos, e quantos deles podem vir de novo.
         self.received, self.recent, self.behind = 0, (), 0
-        # De qual execução do Redis eles vieram: uma queda pode dar em outra.
+        # A execução do Redis que tem a tarefa: uma queda pode dar em outra, sem ela.
         self.identity = link.identity
         # O Redis avisou depois da última retirada; o futuro que o aviso acorda.
         self.is_noticed, self.waiter = False, None
@@ -2154,6 +2149,7 @@ class stream:
         except redis_failures:
             raise refusal(*redis_unavailable) from None
         self.task.payload = b""
+        self.identity = link.identity
         # Dentro da transação, só a fila pode falhar: não é uma lista.
         if error := first_error(replies) or first_error(replies[-1]):
             self.reject(redis_words(error))
@@ -2176,7 +2172,7 @@ class stream:
             refusal: se o Redis não atende, ou a recusa.
         """
         apart = redis_link()
-        apart.owner, apart.nodes = link.owner, link.nodes.copy()
+        apart.moved_to, apart.nodes = link.moved_to, link.nodes.copy()
         try:
             await apart.connect()
             spawn(apart.watch())
@@ -2222,8 +2218,6 @@ class stream:
                 await self.waiter
             self.is_noticed = False
             key_type, elements, behind = await self.take()
-            if key_type != b"none":
-                self.identity = link.identity
             if elements:
                 chunk, lines, skipped, is_word = join_lines(self.skip_known(elements, behind))
                 self.client.count(chunk, lines, skipped)
@@ -2236,11 +2230,11 @@ class stream:
                 self.is_late, self.last_line = False, loop.time()
                 if PAUSE:
                     await asyncio.sleep(PAUSE / 1000)
-            elif key_type == b"none":
-                if self.identity != link.identity and await link.insist(("EXISTS", self.task.taken)) == [0]:
-                    self.tail = error_line("data_lost", "o Redis recomeçou sem os dados desta tarefa")
-                    return ended_lost
+            elif key_type == b"none" and (self.received or self.identity == link.identity):
                 return ended_done
+            elif key_type in (b"none", b"lost"):
+                self.tail = error_line("data_lost", "o Redis já não tem os dados desta tarefa")
+                return ended_lost
             elif key_type not in (b"string", b"list"):
                 raise task_key_error(
                     f"a chave da tarefa foi trocada por um valor do tipo {key_type.decode()}: só se aceita uma lista")
@@ -2259,11 +2253,16 @@ class stream:
             list[bytes]: os novos.
         """
         self.received += len(elements)
-        if behind := behind or self.behind:
-            known = min(len(elements), behind)
-            is_old = self.recent[known - 1 - behind:][:1] == (hash(elements[known - 1]),)
-            elements, self.behind = elements[known * is_old:], (behind - known) * is_old
-        self.recent = (*self.recent, *map(hash, elements[-most_recent:]))[-most_recent:]
+        self.behind = behind or self.behind
+        if self.behind:
+            # O último dos que podem ser velhos, e o lugar dele entre os lembrados; de antes deles nada se sabe.
+            known = min(len(elements), self.behind)
+            place = len(self.recent) + known - self.behind - 1
+            is_old = place >= 0 and self.recent[place] == hash(elements[known - 1])
+            elements = elements[known:] if is_old else elements
+            self.behind = self.behind - known if is_old or place < 0 else 0
+        if not self.behind:
+            self.recent = (*self.recent, *map(hash, elements[-most_recent:]))[-most_recent:]
         return elements
 
     async def take(self):
@@ -2309,9 +2308,9 @@ class stream:
         Retorna:
             bool: falso também se o Redis não o disse.
         """
-        asked = link.send(("EXISTS", self.task.key, self.task.list))
-        done, _ = await asyncio.wait([asked], timeout=last_take_patience)
-        return bool(done) and asked.exception() is None and asked.result() == [0]
+        answer = link.send(("EXISTS", self.task.key, self.task.list))
+        done, _ = await asyncio.wait([answer], timeout=last_take_patience)
+        return bool(done) and answer.exception() is None and answer.result() == [0]
 
     def explain(self, error):
         """Registra um fim por erro e o escreve para o cliente.
@@ -2504,6 +2503,8 @@ async def examine(streams):
         commands = [(("TYPE", each.task.key), ("EXISTS", each.task.list)) for each in part]
         replies = await link.insist(*itertools.chain.from_iterable(commands))
         for each, key_type, lines in zip(part, replies[::2], replies[1::2], strict=True):
+            if key_type != b"none":
+                each.identity = link.identity
             if key_type != b"string" or lines != 0:
                 each.wake()
 
@@ -2548,6 +2549,7 @@ async def renew_keys():
         for part in slices(live):
             # Quem espera tem a lista vazia, e uma lista vazia não existe.
             keys = [each.task.key for each in part] + [each.task.list for each in part if each.is_noticed]
+            keys += [each.task.taken for each in part if each.received]
             replies = await link.insist(*[("EXPIRE", key, REDIS_TTL) for key in keys])
             if error := first_error(replies):
                 warn_rarely(f"o Redis não renovou a validade das chaves: {cause_of(error)}")
@@ -3448,7 +3450,7 @@ def open_listener(host, port, is_check):
         if is_check:
             return each
         each.shutdown(socket.SHUT_RDWR)
-    return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=host == "::")
+    return socket.create_server(address, family=family, backlog=backlog, dualstack_ipv6=host == "::" and socket.has_dualstack_ipv6())
 
 
 # =============================================================================
@@ -3694,7 +3696,7 @@ async def check(given, state):
         is_cluster = b"cluster_enabled:1" in link.info
         show("\n".join([
             f"Redis em {REDIS_SERVER.shown}: respondeu ao PING", f"servidor: {' '.join(names[-1]) if names else 'não diz'}",
-            f"cluster: {'sim, nó {}:{}'.format(*(link.owner or link.nodes[0])) if is_cluster else 'não'}",
+            f"cluster: {'sim, nó {}:{}'.format(*(link.moved_to or link.nodes[0])) if is_cluster else 'não'}",
             f"avisos: {'sim' if link.is_tracked else 'não'}", f"scripts: {'sim' if link.take_head else 'não'}",
             *[f"aviso: {caution}" for caution in await link.survey()]]))
         return max(status, tell_problems(problems, given))
