@@ -33,11 +33,9 @@ class node(harness.redis_server):
 
     def __init__(self, folder, *config):
         """Prepara o nó. Argumentos: folder, a pasta; config, linhas extras do redis.conf."""
-        self.bus = harness.free_port()
         super().__init__(
             folder,
             "cluster-enabled yes",
-            f"cluster-port {self.bus}",
             "cluster-config-file nodes.conf",
             f"cluster-node-timeout {node_timeout}",
             # Um mestre morto sem réplica não cala os outros; e nenhuma réplica é velha demais para assumir.
@@ -49,6 +47,14 @@ class node(harness.redis_server):
             "repl-ping-replica-period 1",
             *config,
         )
+
+        self.extra = self.config
+        self.choose_ports()
+
+    def choose_ports(self):
+        """Escolhe as duas portas, a dos clientes e a dos outros nós."""
+        self.port, self.bus = harness.free_port(), harness.free_port()
+        self.config = (*self.extra, f"cluster-port {self.bus}")
 
     @property
     def address(self):
@@ -84,9 +90,20 @@ class node(harness.redis_server):
 
     def start(self, timeout=10.0, ready=True):
         """Inicia ou reinicia; vive mais que uma prova. Argumentos e retorno como em harness.redis_server."""
-        super().start(timeout, ready)
+        super().start(timeout, False)
         harness.resident_pids.add(self.pid)
+        if ready:
+            harness.eventually(self.answers, timeout, f"nó na porta {self.port}")
         return self
+
+    def start_first(self):
+        """Inicia pela primeira vez, em outras portas se alguém tomou as escolhidas."""
+        for _ in range(5):
+            with contextlib.suppress(AssertionError):
+                return self.start()
+            self.kill()
+            self.choose_ports()
+        raise AssertionError(f"o nó não inicia:\n{self.output()}")
 
 
 class cluster:
@@ -104,9 +121,7 @@ class cluster:
         self.nodes = [node(folder / f"node-{number}", *config) for number in range(masters * (1 + replicas))]
         for each in self.nodes:
             stack.callback(each.stop)
-            each.start(ready=False)
-        for each in self.nodes:
-            harness.eventually(each.answers, 10, f"nó na porta {each.port}; saída:\n{each.output()}")
+            each.start_first()
         first = self.nodes[0]
         for number, each in enumerate(self.nodes):
             each.ask("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
@@ -120,7 +135,29 @@ class cluster:
             harness.eventually(
                 lambda each=each, name=names[number % masters]: each.ask("CLUSTER", "REPLICATE", name), 20, "réplica"
             )
-        harness.eventually(lambda: self.settled(len(self.nodes)), 20, "cluster de pé")
+        self.wait_whole()
+
+    def wait_whole(self):
+        """Espera que todos os nós estejam de pé e em dia, e que o que se publica em um chegue a todos."""
+        harness.eventually(lambda: self.settled(len(self.nodes)), failover_time, "cluster inteiro")
+        with contextlib.ExitStack() as stack:
+            ears = []
+            for each in self.nodes:
+                ears.append(stack.enter_context(contextlib.closing(each.new_client())).pubsub())
+                stack.callback(ears[-1].close)
+                ears[-1].subscribe("barramento")
+            heard = [set() for _ in ears]
+
+            def reaches(source):
+                """Publica num nó e diz se todos já ouviram algo dele (bool). Argumentos: source."""
+                source.ask("PUBLISH", "barramento", source.port)
+                for ear, found in zip(ears, heard, strict=True):
+                    while message := ear.get_message():
+                        found.add(message["data"])
+                return all(str(source.port).encode() in found for found in heard)
+
+            for each in self.nodes:
+                harness.eventually(lambda each=each: reaches(each), 20, "barramento do cluster")
 
     def settled(self, count):
         """Diz se todo nó vivo vê o cluster inteiro, e toda réplica está em dia (bool). Argumentos: count, quantos nós."""
@@ -186,7 +223,7 @@ class cluster:
     def rejoin(self, dead):
         """Traz um nó morto de volta e espera que o cluster o aceite. Argumentos: dead, o node."""
         dead.start()
-        harness.eventually(lambda: self.settled(len(self.nodes)), failover_time, "cluster inteiro")
+        self.wait_whole()
 
     def begin_move(self, tag, target):
         """Começa a passar o lugar de uma tag: daí em diante, ASK e TRYAGAIN.

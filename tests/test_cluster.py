@@ -4,6 +4,7 @@ servidor perdeu não parece um fim limpo."""
 import contextlib
 import json
 import re
+import time
 
 import pytest
 
@@ -28,7 +29,7 @@ def group(whole_group):
     for each in whole_group.nodes:
         if not each.alive():
             each.start()
-    harness.eventually(lambda: whole_group.settled(len(whole_group.nodes)), 30, "cluster inteiro")
+    whole_group.wait_whole()
     harness.eventually(lambda: not whole_group.leftovers(), 5, "cluster sem chaves")
 
 
@@ -56,6 +57,23 @@ def listen(client):
             return made
 
         yield start
+
+
+def test_tags_of_the_manual(group):
+    """Os lugares que o manual dá às tags de exemplo são os do Redis, e as três que recomenda caem uma em cada mestre."""
+    manual = (harness.root / "packaging" / "doc" / "redis.md").read_text(encoding="utf-8")
+    found = re.findall(r"(?m)^([a-z]) (\d+)$", manual)
+    assert found
+    for tag, slot in found:
+        assert group.nodes[0].ask("CLUSTER", "KEYSLOT", tag) == int(slot)
+    three = re.search(r"as tags `(\w)`, `(\w)` e `(\w)` caem uma em cada", manual).groups()
+    assert len({group.owner(tag) for tag in three}) == 3
+
+
+def away(group, tag):
+    """Acha um nó que não guarda uma tag. Argumentos: group, o cluster; tag. Retorno: o nó."""
+    owner = group.owner(tag)
+    return next(each for each in group.nodes if each not in (owner, group.replica(owner)))
 
 
 def serve(connect, proxy, worker):
@@ -154,7 +172,7 @@ def test_slot_moves(group, start_proxy, connect, listen, pause):
         harness.eventually(lambda: all(pusher.number > 5 for _, pusher in made), 10, "linhas empurradas")
         # Uma tarefa calada, cuja lista não existe: as suas chaves ficam divididas até o fim da passagem.
         silent, quiet = support.open_stream(connect, proxy, worker, "POST", "/calada")
-        for target in (group.owner(tags[1]), source):
+        for target in (next(each for each in map(group.owner, tags) if each is not source), source):
             seen, finish = proxy.log().count("fora do ar"), group.begin_move(tag, target)
             quiet.push("no meio")
             harness.eventually(lambda seen=seen: proxy.log().count("fora do ar") > seen, 10, "uma retirada recusada")
@@ -168,12 +186,44 @@ def test_slot_moves(group, start_proxy, connect, listen, pause):
     assert {row["fim"] for row in support.finished_rows(proxy)} == {"concluida"}
 
 
-def test_owner_killed(group, start_proxy, connect, listen):
+@pytest.mark.parametrize("pause", [0, 20])
+@pytest.mark.parametrize("is_last", [False, True])
+def test_list_emptied_while_the_slot_leaves(group, start_proxy, connect, listen, pause, is_last):
+    """A retirada que esvazia a lista num lugar que está de saída: a chave que some é recusada ao script dali em diante, e a
+    linha que ele já tirou não se perde."""
+    tag = tags[0]
+    env = {"REDIS_SERVER": group.address(), **cluster.prefixes(tag)}
+    proxy = start_proxy("-P", pause, "-i", 100, env=env)
+    response, task = support.open_stream(connect, proxy, listen(group.nodes[1]), "POST", "/")
+    task.push("um")
+    assert response.line() == b"um"
+    proxy.freeze()
+    task.push("dois")
+    if is_last:
+        task.delete()
+    owner = group.owner(tag)
+    finish = group.begin_move(tag, next(each for each in map(group.owner, tags) if each is not owner))
+    proxy.thaw()
+    # A lista some daqui, ou a retirada é recusada por já faltar a chave da tarefa.
+    harness.eventually(
+        lambda: owner.ask("EXISTS", task.list) != 1 or "fora do ar" in proxy.log(), 10, "uma retirada na saída"
+    )
+    finish()
+    assert response.line(20) == b"dois"
+    if not is_last:
+        task.push("três")
+        task.delete()
+        assert response.line(20) == "três".encode()
+    assert response.lines(20) == []
+    assert support.finished_row(proxy, task)["fim"] == "concluida"
+
+
+def test_owner_killed(group, start_proxy, connect, client, listen):
     """O nó da tag morre com kill -9 sob streams vivos e a réplica assume: o que ela tinha chega inteiro e uma vez só, o
     silêncio inclusive, e pedidos novos são atendidos."""
     tag = tags[1]
     proxy = start_proxy("-P", 0, "-i", 100, env={"REDIS_SERVER": group.address(), **cluster.prefixes(tag)})
-    worker = listen(group.owner(tags[0]))
+    worker = listen(away(group, tag))
     total = 120
     with contextlib.ExitStack() as stack:
         silent, quiet = support.open_stream(connect, proxy, worker, "POST", "/calada")
@@ -185,6 +235,7 @@ def test_owner_killed(group, start_proxy, connect, listen):
         group.wait_failover(tag, dead)
         for lines in harness.read_all([response for response, _ in made], 40):
             assert lines == cluster.lines_of(total)
+    client.nodes_manager.initialize()
     quiet.push("viva")
     quiet.delete()
     assert silent.lines(20) == [b"viva"]
@@ -192,34 +243,37 @@ def test_owner_killed(group, start_proxy, connect, listen):
     assert {row["fim"] for row in support.finished_rows(proxy)} == {"concluida"}
 
 
-@pytest.mark.parametrize("knew", [True, False], ids=["soube_da_linha", "nem_da_linha"])
+@pytest.mark.parametrize("knew", ["das_linhas", "da_primeira", "de_tudo_menos_a_última_retirada"])
 @pytest.mark.parametrize("pushed", ["antes", "depois"])
-def test_replica_a_step_behind(group, start_proxy, connect, listen, knew, pushed):
-    """A réplica que assume não soube da última retirada, ou nem da linha retirada: o cliente, que já a leu, não a recebe
-    outra vez, e recebe as seguintes, venham elas antes ou depois de o proxy voltar."""
+def test_replica_a_step_behind(group, start_proxy, connect, client, listen, knew, pushed):
+    """A réplica que assume só soube das linhas e de nenhuma retirada, ou nem de uma linha que o cliente já leu, ou de tudo
+    menos a última retirada: nenhuma lida vem outra vez, e vêm as seguintes, antes ou depois de o proxy voltar."""
     tag = tags[1]
     proxy = start_proxy("-P", 0, "-i", 100, env={"REDIS_SERVER": group.address(), **cluster.prefixes(tag)})
-    response, task = support.open_stream(connect, proxy, listen(group.owner(tags[0])), "POST", "/")
-    for text in ("zero", "um"):
-        task.push(text)
-        assert response.line() == text.encode()
-    group.wait_copied(tag)
-    owner = group.owner(tag)
-    if knew:
-        proxy.freeze()
-        task.push("dois")
+    response, task = support.open_stream(connect, proxy, listen(away(group, tag)), "POST", "/")
+    unseen = ["um", "dois"] if knew == "das_linhas" else ["dois"]
+    if knew != "das_linhas":
+        task.push("um")
+        assert response.line() == b"um"
         group.wait_copied(tag)
-    spare = group.cut_off(owner)
-    if knew:
-        proxy.thaw()
+    owner = group.owner(tag)
+    if knew == "da_primeira":
+        spare = group.cut_off(owner)
+        task.push(*unseen)
     else:
-        task.push("dois")
-    assert response.line() == b"dois"
+        proxy.freeze()
+        task.push(*unseen)
+        group.wait_copied(tag)
+        spare = group.cut_off(owner)
+        proxy.thaw()
+    assert [response.line() for _ in unseen] == [text.encode() for text in unseen]
     if pushed == "antes":
         proxy.freeze()
     owner.kill()
     spare.thaw()
     group.wait_failover(tag, owner)
+    # Este cliente ainda tem o morto por dono.
+    client.nodes_manager.initialize()
     if pushed == "depois":
         harness.eventually(lambda: "Redis de volta" in proxy.log(), 20, "o proxy de volta")
     task.push("três", "quatro")
@@ -229,6 +283,41 @@ def test_replica_a_step_behind(group, start_proxy, connect, listen, knew, pushed
     task.delete()
     assert response.lines(20) == [b"cinco"]
     assert support.finished_row(proxy, task)["fim"] == "concluida"
+
+
+def test_end_without_lines_after_a_failover(group, start_proxy, connect, client, listen):
+    """Uma tarefa sem linhas que a réplica tinha, e que o worker só acaba depois da troca: o fim é limpo."""
+    tag = tags[1]
+    proxy = start_proxy("-i", 100, env={"REDIS_SERVER": group.address(), **cluster.prefixes(tag)})
+    response, task = support.open_stream(connect, proxy, listen(away(group, tag)), "POST", "/")
+    group.wait_copied(tag)
+    dead = group.owner(tag)
+    dead.kill()
+    group.wait_failover(tag, dead)
+    client.nodes_manager.initialize()
+    harness.eventually(lambda: "Redis de volta" in proxy.log(), 20, "o proxy de volta")
+    task.delete()
+    assert response.lines(20) == []
+    assert support.finished_row(proxy, task)["fim"] == "concluida"
+
+
+def test_password_with_a_comma(tmp_path):
+    """A senha de cluster:// pode ter uma vírgula, codificada como em toda URL; crua, serve ou é recusada com uma frase."""
+    node = cluster.node(tmp_path / "node")
+    node.password = "a,b"
+    with contextlib.ExitStack() as stack:
+        stack.callback(node.stop)
+        node.start_first()
+        node.ask("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        harness.eventually(lambda: node.ask("EXISTS", "x") is not None, 10, "lugares atendidos")
+        for text, statuses in (("a%2Cb", {0}), ("a,b", {0, 2}), ("errada", {1})):
+            env = {
+                "ENV_FILE": "/dev/null",
+                "REDIS_SERVER": f"cluster://:{text}@{node.address}",
+                **cluster.prefixes("t"),
+            }
+            done = harness.run_proxy("--check", env=env)
+            assert done.status in statuses and "Traceback" not in done.err and "a,b" not in done.out + done.err, done
 
 
 def check_lost(proxy, response, task, begun):
@@ -249,7 +338,7 @@ def test_data_lost_in_a_cluster(group, start_proxy, connect, listen):
     """O nó da tag volta vazio, sem réplica que assumisse: a linha de erro e fim=perdida, e o serviço segue."""
     tag = tags[2]
     proxy = start_proxy("-i", 100, env={"REDIS_SERVER": group.address(), **cluster.prefixes(tag)})
-    worker = listen(group.owner(tags[0]))
+    worker = listen(away(group, tag))
     dead = group.owner(tag)
     begun, silent = (support.open_stream(connect, proxy, worker, "POST", "/") for _ in range(2))
     begun[1].push("um")
@@ -260,7 +349,7 @@ def test_data_lost_in_a_cluster(group, start_proxy, connect, listen):
     dead.start()
     for response, task in (begun, silent):
         check_lost(proxy, response, task, [])
-    spare.start()
+    group.rejoin(spare)
     serve(connect, proxy, worker)
 
 
@@ -306,3 +395,16 @@ def test_end_across_a_restart_that_keeps_the_data(start_redis, start_proxy, conn
         again.delete(other.key)
     assert living.lines(20) == [b"dois"]
     assert support.finished_row(proxy, other)["fim"] == "concluida"
+
+
+def test_key_that_expired_in_an_outage(start_redis, start_proxy, connect, start_worker):
+    """O Redis congela por mais que REDIS_TTL e volta com as mesmas chaves, menos as que venceram: fim=perdida."""
+    server = start_redis()
+    proxy = start_proxy("--ttl", 3, "-i", 100, redis=server)
+    response, task = support.open_stream(connect, proxy, start_worker(server.client()))
+    task.push("um")
+    assert response.line() == b"um"
+    server.freeze()
+    time.sleep(3.5)
+    server.thaw()
+    check_lost(proxy, response, task, [])

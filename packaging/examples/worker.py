@@ -115,15 +115,19 @@ class servers:
 
     def keeper(self, key):
         """Dá a conexão com o nó que guarda key (str ou bytes), ou com um qualquer que diga qual é."""
-        return self.links[self.homes.get(tag_of(key)) or random.choice(list(self.links))]
+        where = None if None in self.links else self.homes.setdefault(tag_of(key), random.choice(list(self.links)))
+        return self.links[where]
 
     def learn(self, key, error):
-        """Aprende com o erro de um nó quem guarda key; se não foi MOVED, pergunta-se de novo a qualquer um. Sem retorno."""
+        """Aprende com o erro de um nó quem guarda key; se não foi MOVED, outro nó dirá. Sem retorno."""
+        if None in self.links:
+            return
         found = re.search(r"\b\d+ (\S+):(\d+)$", str(error))
         if found and (isinstance(error, redis.exceptions.MovedError) or "MOVED " in str(error)):
             self.homes[tag_of(key)] = self.add((found[1], int(found[2])))
         else:
-            self.homes.pop(tag_of(key), None)
+            others = [each for each in self.links if each != self.homes.get(tag_of(key))]
+            self.homes[tag_of(key)] = random.choice(others or list(self.links))
 
 
 def tag_of(key):
@@ -238,8 +242,8 @@ def listen(link):
         except redis.exceptions.RedisError as error:
             if not pause:           # uma linha por queda, não uma por tentativa
                 log(f"sem Redis, tentando de novo até conseguir: {error}")
+            stopping.wait(pause)    # a primeira vez é já: enquanto não ouve, perde o que o canal diz
             pause = min(pause * 2 or 0.25, 8)
-            stopping.wait(pause)
             link.learn(REDIS_QUEUE or REDIS_CHANNEL, error)
 
 
