@@ -1829,8 +1829,8 @@ class gate:
     is_closed = False
     # Uma recarga está em curso, e foi pedida outra vez.
     is_reloading = is_asked_again = False
-    # Não se aceita mais ninguém: ou o programa é trocado, ou para.
-    is_paused = False
+    # Não se aceita mais ninguém, pois o programa vai ser trocado ou parar; e uma conexão está sendo aceita.
+    is_paused = is_accepting = False
     # As linhas podem ser tiradas do Redis.
     may_take = asyncio.Event()
     may_take.set()
@@ -3049,7 +3049,9 @@ def hand_over(environ, owner, head):
 
 
 def accept_patiently(accept, pause):
-    """Aceita uma conexão; se faltam descritores, ela espera na fila do sistema, e sem pausa o servidor giraria à toa.
+    """Aceita uma conexão, e começa a contar o prazo da requisição dela.
+
+    Se faltam descritores, ela espera na fila do sistema, e sem pausa o servidor giraria à toa.
 
     Argumentos:
         accept (callable): o método do servidor.
@@ -3060,11 +3062,16 @@ def accept_patiently(accept, pause):
         OSError: se o sistema não tem mais descritores ou o cliente desistiu.
         KeyboardInterrupt: se o serviço está parando; é como o werkzeug aceita parar.
     """
+    # Nesta ordem, quem põe is_paused sabe que, depois disto, nenhuma falta em arrivals.
+    gate.is_accepting = True
     if gate.is_paused:
+        gate.is_accepting = False
         # A que está na fila do sistema é de quem vier depois.
         return pause()
     try:
-        return accept()
+        if accepted := accept():
+            arrivals[accepted[0]] = time.monotonic() + REQUEST_TIMEOUT / 1000
+        return accepted
     except OSError as error:
         if gate.is_closed and HTTP_SERVER == "flask":
             raise KeyboardInterrupt from None
@@ -3072,6 +3079,8 @@ def accept_patiently(accept, pause):
             warn_rarely("faltam descritores de arquivo: aumente o limite (LimitNOFILE) ou diminua MAX_STREAMS")
             time.sleep(accept_pause)
         raise
+    finally:
+        gate.is_accepting = False
 
 
 class line_reader(io.BufferedReader):
@@ -3124,9 +3133,8 @@ class flask_handler(werkzeug.serving.WSGIRequestHandler):
     requestline = ""
 
     def setup(self):
-        """Começa a contar o prazo da requisição."""
+        """Prepara a leitura da requisição."""
         super().setup()
-        arrivals[self.connection] = time.monotonic() + REQUEST_TIMEOUT / 1000
         self.rfile = line_reader(self.rfile.detach())
         with contextlib.suppress(OSError):
             tell_stranger(self.rfile.peek(1), self.client_address)
@@ -3278,18 +3286,6 @@ class waitress_error:
 
 class waitress_channel(waitress.channel.HTTPChannel):
     """Conexão do waitress, e nela uma só requisição."""
-
-    def __init__(self, server, connection, *args, **options):
-        """Começa a contar o prazo da requisição.
-
-        Argumentos:
-            server (waitress.server.BaseWSGIServer): servidor.
-            connection (socket.socket): conexão aceita.
-            args (object): argumentos do waitress.
-            options (object): argumentos nomeados do waitress.
-        """
-        arrivals[connection] = time.monotonic() + REQUEST_TIMEOUT / 1000
-        super().__init__(server, connection, *args, **options)
 
     def recv(self, size):
         """Lê o que chegou.
@@ -3791,8 +3787,8 @@ def unread():
 async def finish_requests():
     """Deixa de aceitar: o que já chegou é respondido; o que ainda chega, recusado; e quem se conecta agora espera."""
     gate.is_paused = True
-    # Uma conexão recém-aceita ainda não está em arrivals.
-    await asyncio.sleep(0.05)
+    while gate.is_accepting:
+        await asyncio.sleep(0.01)
     await settle(lambda: len(arrivals))
     for connection, due in list(arrivals.items()):
         if due != math.inf and arrivals.get(connection) == due:
