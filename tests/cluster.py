@@ -84,6 +84,16 @@ class node(harness.redis_server):
                 return client.execute_command(*words)
         return default
 
+    def points_to(self, tag):
+        """Pergunta ao nó quem atende uma tag. Argumentos: tag. Retorno: a porta (int), ou None se ele não diz."""
+        try:
+            with contextlib.closing(support.plain_client(self)) as client:
+                client.exists(f"{{{tag}}}")
+        except redis.RedisError as error:
+            found = re.search(r":(\d+)$", str(error))
+            return int(found[1]) if found else None
+        return self.port
+
     def identity(self):
         """Dá o nome do nó no cluster (str)."""
         return self.ask("CLUSTER", "MYID").decode()
@@ -218,6 +228,8 @@ class cluster:
             "mestre novo",
         )
         harness.eventually(lambda: self.settled(len(self.nodes)), failover_time, "cluster de pé")
+        living = [each for each in self.nodes if each.alive()]
+        harness.eventually(lambda: {each.points_to(tag) for each in living} == {found.port}, 10, "nós de acordo")
         return found
 
     def rejoin(self, dead):
