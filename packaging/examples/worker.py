@@ -119,15 +119,16 @@ class servers:
         return self.links[where]
 
     def learn(self, key, error):
-        """Aprende com o erro de um nó quem guarda key; se não foi MOVED, outro nó dirá. Sem retorno."""
+        """Aprende com o erro de um nó quem guarda key; se não foi MOVED, outro nó dirá. Retorna se foi."""
         if None in self.links:
-            return
+            return False
         found = re.search(r"\b\d+ (\S+):(\d+)$", str(error))
         if found and (isinstance(error, redis.exceptions.MovedError) or "MOVED " in str(error)):
             self.homes[tag_of(key)] = self.add((found[1], int(found[2])))
-        else:
-            others = [each for each in self.links if each != self.homes.get(tag_of(key))]
-            self.homes[tag_of(key)] = random.choice(others or list(self.links))
+            return True
+        others = [each for each in self.links if each != self.homes.get(tag_of(key))]
+        self.homes[tag_of(key)] = random.choice(others or list(self.links))
+        return False
 
 
 def tag_of(key):
@@ -142,10 +143,13 @@ def persist(link, key, action):
         try:
             return action(link.keeper(key), again)
         except redis.exceptions.RedisError as error:
-            if not (isinstance(error, passing) or passing_codes.search(str(error))) or stopping.wait(pause):
+            if not (isinstance(error, passing) or passing_codes.search(str(error))):
                 raise
-            pause, again = min(pause * 2, 1), True
-            link.learn(key, error)
+            again = True
+            if not link.learn(key, error):
+                if stopping.wait(pause):
+                    raise
+                pause = min(pause * 2, 1)
 
 
 def lines(task):
