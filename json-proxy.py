@@ -967,7 +967,7 @@ def cause_of(error):
     words = redis_words(error)
     if words.startswith(("MOVED ", "ASK ", "TRYAGAIN ")):
         return "as chaves mudam de nó no cluster"
-    return "o servidor fecha a conexão; talvez só aceite TLS, rediss://" if words.startswith("Connection closed by") else words
+    return "conexão fechada pelo servidor" if words.startswith("Connection closed by") else words
 
 
 def notify_systemd(state, descriptors=()):
@@ -1018,7 +1018,7 @@ take_bytes = 262144
 # pedido repetido recebe o guardado; e o que conta menos se atrasou na rede, e não tira nada. O que
 # conta mais fala com uma réplica promovida que não soube das últimas retiradas: a resposta diz de
 # quantos elementos, e stream.skip_known decide se são velhos. Se o guardado sumiu com a chave da
-# tarefa, os dados se perderam ("lost"): o fim de uma tarefa o deixa.
+# tarefa, os dados se perderam ("lost"), ainda que haja linhas novas: o fim de uma tarefa o deixa.
 # O guardado é texto, pois cmsgpack falta em alguns servidores, e a falta só se veria depois do LPOP.
 # Em um cluster, a lista que se esvazia enquanto as chaves mudam de nó já é recusada ao script: pcall.
 # TYPE e LPOP são um só passo: o fim só é declarado quando a chave sumiu E a lista se esvaziou
@@ -1037,6 +1037,7 @@ if before == had then
   return {string.match(kept, '^%S+ %S+ (%S+)'), lines, 0}
 end
 if before > had then return {kind, {}, 0} end
+if kind == 'none' and after == 0 and had > 0 then return {'lost', {}, 0} end
 local lines, sizes, size, failure = {}, {}, 0, nil
 local function fill(source)
   while #lines < tonumber(ARGV[2]) and size < tonumber(ARGV[3]) do
@@ -1054,8 +1055,6 @@ if #lines > 0 then
   if kind == 'none' and redis.pcall('EXISTS', KEYS[2]) == 1 then kind = 'more' end
   local head = table.concat({had, had + #lines, kind, table.concat(sizes, ' ')}, ' ')
   redis.call('SET', KEYS[3], head .. '\\n' .. table.concat(lines), 'EX', ARGV[4])
-elseif kind == 'none' and after == 0 and had > 0 then
-  kind = 'lost'
 end
 return {kind, lines, had - after}
 """
@@ -1063,8 +1062,8 @@ return {kind, lines, had - after}
 # Recusas que não são do comando, mas do estado do servidor, e passam: ele carrega os
 # dados, é uma réplica (o mestre mudou), não consegue gravar em disco, ou muda as chaves de nó. E as
 # que só uma conexão nova resolve: o script foi esquecido, ou uma ACL o negou agora.
-passing_codes = ("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT", "CLUSTERDOWN", "MOVED", "ASK",
-                 "TRYAGAIN")
+passing_codes = ("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "NOREPLICAS", "NOSCRIPT", "BUSY", "CLUSTERDOWN", "MOVED",
+                 "ASK", "TRYAGAIN")
 redis_failures = (redis.ConnectionError, redis.TimeoutError)
 redis_refusals = (redis.ResponseError, redis.AuthenticationError, redis.BusyLoadingError)
 
@@ -1261,9 +1260,10 @@ class redis_link:
         # Em uma transação cada comando é julgado (ACL, cluster, réplica, memória) ao entrar na fila; um GET sem nome faz o
         # EXEC desistir de todos, e assim não é preciso o DISCARD, que uma ACL pode não ter dado.
         trial = [
-            ("REDIS_LIST_PREFIX", "EXISTS", key, lines, *queue), ("REDIS_PREFIX", "SET", key, "", "EX", REDIS_TTL),
-            *[("REDIS_QUEUE", "RPUSH", each, key) for each in queue], ("REDIS_CHANNEL", "PUBLISH", REDIS_CHANNEL, key),
-            ("REDIS_PREFIX", "TYPE", key), ("REDIS_LIST_PREFIX", "LPOP", lines), ("REDIS_LIST_PREFIX", "GET", taken),
+            ("REDIS_LIST_PREFIX", "EXISTS", key, lines), *[("REDIS_QUEUE", "EXISTS", key, each) for each in queue],
+            ("REDIS_PREFIX", "SET", key, "", "EX", REDIS_TTL), *[("REDIS_QUEUE", "RPUSH", each, key) for each in queue],
+            ("REDIS_CHANNEL", "PUBLISH", REDIS_CHANNEL, key), ("REDIS_PREFIX", "TYPE", key),
+            ("REDIS_LIST_PREFIX", "LPOP", lines), ("REDIS_LIST_PREFIX", "GET", taken),
             ("REDIS_LIST_PREFIX", "EXPIRE", lines, REDIS_TTL), ("REDIS_LIST_PREFIX", "UNLINK", key, lines, taken),
         ]
         # O nome é para o operador; uma ACL pode negá-lo, e INFO também.
@@ -1274,16 +1274,17 @@ class redis_link:
         if error := first_error(replies):
             # Sem a transação, a prova valeria.
             raise error
-        *replies, _, _ = await self.send(*[row[1:] for row in trial], ("GET",), ("EXEC",))
-        for row, reply in zip(trial, replies, strict=True):
+        *replies, _, last = await self.send(*[row[1:] for row in trial], ("GET",), ("EXEC",))
+        for row, reply in zip([*trial, ("REDIS_SERVER", "EXEC")], [*replies, last], strict=True):
             # A falta de memória passa, e a tarefa recusada por ela o diz.
-            if not isinstance(reply, Exception) or (words := redis_words(reply)).startswith("OOM "):
+            if not isinstance(reply, Exception) or re.match("OOM |EXECABORT .* previous", words := redis_words(reply)):
                 continue
             if is_passing(reply):
                 raise reply
             problems.append((row[0], f"o Redis recusa {row[1]}: {words}"))
             if words.startswith("CROSSSLOT"):
-                named = "REDIS_PREFIX={ndjson}_task_ e REDIS_LIST_PREFIX={ndjson}_list_" + " e REDIS_QUEUE={ndjson}_jobs" * len(queue)
+                tag = "".join(re.findall(r"\{([^}]+)\}", REDIS_PREFIX)[:1]) or "ndjson"
+                named = " e ".join([f"REDIS_PREFIX={{{tag}}}_task_", f"REDIS_LIST_PREFIX={{{tag}}}_list_"] + [f"REDIS_QUEUE={{{tag}}}_jobs"] * len(queue))
                 return [(row[0], f"em um cluster, os nomes pedem um mesmo trecho entre chaves: {named} ({words})")]
         denied = loaded
         if isinstance(loaded, bytes):
@@ -1540,8 +1541,7 @@ def is_alone(info):
     Retorna:
         bool: falso também se não se sabe.
     """
-    return isinstance(info, bytes) and all(
-        each in info for each in (b"role:master", b"connected_slaves:0", b"cluster_enabled:0"))
+    return isinstance(info, bytes) and all(each in info for each in (b"role:master", b"connected_slaves:0", b"cluster_enabled:0"))
 
 
 def first_error(replies):
@@ -3635,9 +3635,9 @@ def redis_problem(error, given):
         espera conserta; 1 nos outros casos.
     """
     shown, words = REDIS_SERVER.shown, cause_of(error)
-    is_absent = isinstance(error, redis.ResponseError) and re.match("(ERR )?(DB index|SELECT |unknown command)", words)
-    if is_absent or isinstance(error, redis.DataError):
-        why = f"o Redis não tem esse {'comando' if 'command' in words else 'database'} ({words})" if is_absent else words
+    refused = isinstance(error, redis.ResponseError) and re.match("(ERR )?(DB index|SELECT |unknown command|.*no permissions)", words)
+    if refused or isinstance(error, redis.DataError):
+        why = f"o Redis recusa {'um comando' if 'command' in words else 'esse database'} ({words})" if refused else words
         return 2, f"REDIS_SERVER: o valor {shown!r} ({given['REDIS_SERVER'].layer}) não serve: {why}"
     if isinstance(error, redis.AuthenticationError) or words.startswith(("NOAUTH", "WRONGPASS")):
         name = "REDIS_SERVER" if has_password(given["REDIS_SERVER"].text) else "REDIS_PASSWORD"
@@ -3645,6 +3645,8 @@ def redis_problem(error, given):
     # Uma recusa é uma resposta: o endereço está certo, e o Redis, no ar.
     is_refusal = isinstance(error, redis.ResponseError | redis.BusyLoadingError) or "max number of clients" in words
     verb = "recusou a conexão" if is_refusal else "não atende"
+    if words in (os.strerror(errno.ECONNRESET), "conexão fechada pelo servidor"):
+        words += "; se ele só aceita TLS, a URL começa com rediss://"
     return 1, f"REDIS_SERVER: o Redis em {shown} {verb}: {words}"
 
 
@@ -3658,8 +3660,8 @@ def tell_problems(problems, given):
         int: status de saída: 2 se ele recusa algo, ou 0.
     """
     for name, why in problems:
-        text, layer = given[name]
-        log.error("%s: o valor %r (%s) não serve ao Redis em %s: %s", name, text, layer, REDIS_SERVER.shown, why)
+        text = REDIS_SERVER.shown if name == "REDIS_SERVER" else given[name].text
+        log.error("%s: o valor %r (%s) não serve ao Redis em %s: %s", name, text, given[name].layer, REDIS_SERVER.shown, why)
     return 2 if problems else 0
 
 
@@ -3687,10 +3689,9 @@ async def check(given, state):
     try:
         problems = await link.open()
         names = re.findall(r"(?m)^(?!gcc_)(\w+)_version:(\S+)", link.info.decode())
-        is_cluster = b"cluster_enabled:1" in link.info
         show("\n".join([
             f"Redis em {REDIS_SERVER.shown}: respondeu ao PING", f"servidor: {' '.join(names[-1]) if names else 'não diz'}",
-            f"cluster: {'sim, nó {}:{}'.format(*(link.moved_to or link.nodes[0])) if is_cluster else 'não'}",
+            f"cluster: {'sim, nó {}:{}'.format(*(link.moved_to or link.nodes[0])) if b'cluster_enabled:1' in link.info else 'não'}",
             f"avisos: {'sim' if link.is_tracked else 'não'}", f"scripts: {'sim' if link.take_head else 'não'}",
             *[f"aviso: {caution}" for caution in await link.survey()]]))
         return max(status, tell_problems(problems, given))

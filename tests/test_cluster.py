@@ -373,6 +373,20 @@ def test_data_lost_with_the_server(start_redis, start_proxy, connect, start_work
     assert support.finished_row(proxy, task)["fim"] == "concluida"
 
 
+@pytest.mark.parametrize("pause", [0, 20])
+def test_lines_after_the_loss(start_redis, start_proxy, connect, start_worker, pause):
+    """Um worker que não olha a chave empurra mais linhas depois da perda, antes que o proxy a veja: o fim não é limpo."""
+    server = start_redis()
+    proxy = start_proxy("-P", pause, redis=server)
+    client = server.client()
+    response, task = support.open_stream(connect, proxy, start_worker(client))
+    task.push("um")
+    assert response.line() == b"um"
+    client.pipeline().flushall().rpush(task.list, "três").execute()
+    task.delete()
+    check_lost(proxy, response, task, [])
+
+
 @pytest.mark.parametrize("last", [(), ("última",)])
 def test_end_across_a_restart_that_keeps_the_data(start_redis, start_proxy, connect, start_worker, last):
     """Uma tarefa que acaba no instante em que o Redis, que grava tudo, reinicia: o fim é limpo, e outra viva segue."""

@@ -4,6 +4,7 @@ perdidas. Em nenhum desses casos uma linha se perde, se repete ou troca de lugar
 import contextlib
 import json
 import random
+import re
 import threading
 import time
 
@@ -702,6 +703,45 @@ def test_disabled_command_tells_no_password(start_redis):
         assert done.status == 2, done
         assert "unknown command" in done.out + done.err
         assert "s3gr3d0" not in done.out + done.err
+
+
+refused_commands = {
+    "SET": ("-set", "REDIS_PREFIX"), "PUBLISH": ("-publish", "REDIS_CHANNEL"), "RPUSH": ("-rpush", "REDIS_QUEUE"),
+    "LPOP": ("-lpop", "REDIS_LIST_PREFIX"), "EXEC": ("-exec", "REDIS_SERVER"), "multi": ("-multi", "REDIS_SERVER"),
+    "select": ("-select", "REDIS_SERVER"), "channel": ("resetchannels", "REDIS_CHANNEL"),
+}
+
+
+@pytest.mark.parametrize("command", refused_commands)
+def test_refused_command_ends_the_start(redis_main, command):
+    """O que a ACL nega do que uma tarefa pede: o início e o --check acabam com 2, e a frase diz a configuração e o comando."""
+    rule, name = refused_commands[command]
+    env = support.limited_user(redis_main, "reset", "on", ">senha", "~*", "&*", "+@all", rule) | {"ENV_FILE": "/dev/null"}
+    for flags in ((), ("--check",)):
+        done = harness.run_proxy(*flags, "--queue", "fila", "-p", "0", env=env)
+        assert done.status == 2, done
+        assert re.search(rf"(?m)^erro: {name}: .*{command}", done.err), done
+        assert "senha" not in done.out + done.err
+
+
+def test_busy_server(start_redis, start_proxy, connect, start_worker):
+    """Um script longo de outro programa faz o Redis responder BUSY: o stream espera por ele."""
+    server = start_redis("lua-time-limit 100")
+    proxy = start_proxy("-i", 50, redis=server)
+    client = server.client()
+    response, task = support.open_stream(connect, proxy, start_worker(client))
+    task.push("antes")
+    assert response.line() == b"antes"
+    busy = server.new_client()
+    script = threading.Thread(target=busy.eval, args=(
+        "local t = redis.call('TIME') repeat local n = redis.call('TIME') until n[1] - t[1] > 2", 0))
+    script.start()
+    proxy.wait_log("BUSY", timeout=20)
+    script.join()
+    busy.close()
+    task.push("depois")
+    task.delete()
+    assert response.lines(20) == [b"depois"]
 
 
 @pytest.mark.parametrize("code", ["READONLY", "NOREPLICAS"])
