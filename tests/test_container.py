@@ -22,7 +22,7 @@ def test_compose(suggested):
     services = compose["services"]
     proxy = services["proxy"]
     assert sorted(services) == ["n8n", "proxy", "valkey"][not suggested :]
-    assert len(proxy["environment"]) == 1 + 2 * suggested
+    assert len(proxy["environment"]) == 2 + 2 * suggested
     assert set(proxy["environment"]) <= set(defaults)
     host, rest = proxy["environment"]["REDIS_SERVER"].split(":")
     assert host in services and f"127.0.0.1:{rest}" == defaults["REDIS_SERVER"]

@@ -50,7 +50,7 @@ words = {
 # Os blocos de comandos que não rodam aqui, pela primeira linha: por quê, e quem os roda.
 elsewhere = {
     "packaging/demo": "tests/clients/test_browser.py",
-    "echo HTTP_HOST=127.0.0.1 >>/etc/py-ndjson-proxy.env": "root: packaging/test-debian",
+    "(umask 077; echo AUTH_TOKEN=$(openssl rand -hex 32) >>/etc/py-ndjson-proxy.env)": "root: packaging/test-debian",
     "packaging/install": "apt, como root: packaging/test-debian",
     "packaging/install --build-only .": "apt, como root: packaging/test-debian",
     "docker compose -f packaging/container/compose.yaml up --build": "um contêiner",
