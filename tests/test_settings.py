@@ -745,10 +745,10 @@ def test_redis_without_tls(tmp_path, start_proxy):
 
 
 def test_redis_acl(tmp_path, start_redis):
-    """Um usuário da ACL que nem PING pode: recusou, nas palavras do Redis, código 1."""
+    """Um usuário da ACL que nem PING pode: nenhuma espera o conserta; nas palavras do Redis, código 2."""
     server = start_redis("user proxy on >segredo ~* &* +@all -ping")
-    sentence = start_failure(tmp_path, f"redis://proxy:segredo@{server.address}")
-    assert re.fullmatch(rf"erro: REDIS_SERVER: .*{server.address} recusou .*ping.*", sentence)
+    sentence = start_failure(tmp_path, f"redis://proxy:segredo@{server.address}", 2)
+    assert re.fullmatch(rf"erro: REDIS_SERVER: .*{server.address}.*recusa .*ping.*", sentence)
     assert "segredo" not in sentence
 
 
