@@ -19,7 +19,7 @@ known_lines = re.compile(
     r"pronto: http://127\.0\.0\.1:\d+ \((?:flask|waitress)\), Redis em \S+"
     r"|parando: .*|parado"
     r"|(?:servidor HTTP|aviso: o servidor HTTP não entendeu uma requisição): [^\n]*"
-    r"|aviso: 127\.0\.0\.1 fala HTTP/2 [^\n]*"
+    r"|aviso: 127\.0\.0\.1 fala (?:HTTP/2|TLS|o protocolo PROXY) [^\n]*"
     r"|tarefa=[0-9a-f-]{36} cliente=127\.0\.0\.1 metodo=(?:GET|POST|PUT|PATCH|DELETE) caminho=\S* fim=(?:concluida|cliente)"
     r" linhas=\d+ bytes=\d+ puladas=0 primeira_ms=(?:\d+|-) duracao_ms=\d+"
 )
