@@ -437,7 +437,7 @@ def parse_nodes(text):
         text (str): sentinel://[usuário:senha@]ip[:porta],.../mestre[/database], com o usuário e a senha das
             sentinelas; ou cluster://[usuário:senha@]ip[:porta],...; sem porta valem 26379 e 6379.
     Retorna:
-        redis_address: o texto completo e o texto sem usuário nem senha.
+        redis_address: o texto completo, ou a URL do primeiro nó do cluster, e o texto sem usuário nem senha.
     Levanta:
         ValueError: se não tiver uma destas formas.
     """
@@ -528,12 +528,12 @@ line_types = ("application/x-ndjson", "application/json-lines", "application/jso
 settings = [
     setting("HTTP_PORT", ("-p", "--port"), integer(0, 65535), "8771", "HTTP", "", "porta HTTP; 0 escolhe uma livre"),
     # O padrão é o da especificação; quem quer menos tem HTTP_HOST, AUTH_TOKEN e localhost-only.conf.
-    setting("HTTP_HOST", ("--host",), host_kind, "0.0.0.0", "HTTP", "", "endereço; :: é IPv6 e IPv4"),  # nosec B104
+    setting("HTTP_HOST", ("--host",), host_kind, "0.0.0.0", "HTTP", "", "endereço em que escuta; :: é IPv6 e IPv4"),  # nosec B104
     setting("HTTP_SERVER", ("--server",), choice("flask", "waitress"), "flask", "HTTP", "", "servidor da aplicação"),
     setting("SERVERNAME", ("-s", "--servername"), header_kind, program, "HTTP", "", "cabeçalho Server das respostas"),
     setting("CONTENT_TYPE", ("--content-type",), choice(*line_types, "application/json"), line_types[0], "HTTP", "",
             "tipo do streaming para o cliente cujo Accept não nomeia nenhum dos nossos"),
-    setting("AUTH_TOKEN", ("--auth-token",), tokens_kind, "", "HTTP", "", "tokens aceitos; vazio não exige", True),
+    setting("AUTH_TOKEN", ("--auth-token",), tokens_kind, "", "HTTP", "", "tokens aceitos em Authorization: Bearer; vazio não exige", True),
     setting("HEADERS_EXCLUDE", ("--headers-exclude",), names_kind, "", "HTTP", "",
             "cabeçalhos que não vão para o Redis; vazio é authorization,cookie se houver AUTH_TOKEN"),
     setting("CORS_ORIGIN", ("--cors-origin",), origins_kind, "", "HTTP", "", "origens autorizadas; vazio desliga"),
@@ -541,26 +541,26 @@ settings = [
             "proxies reversos confiáveis à frente, que dizem em X-Forwarded-For quem é o cliente; 0 não acredita"),
     setting("REDIS_SERVER", ("-R", "--redis"), redis_kind, "127.0.0.1:6379/1", "Redis", "", "endereço do Redis"),
     setting("REDIS_PASSWORD", ("-S", "--secret"), text_kind, "", "Redis", "", "senha do Redis", True),
-    setting("REDIS_CHANNEL", ("-C", "--channel"), name_kind, "ndjson_jobs", "Redis", "", "canal das tarefas"),
+    setting("REDIS_CHANNEL", ("-C", "--channel"), name_kind, "ndjson_jobs", "Redis", "", "canal em que as tarefas são publicadas"),
     setting("REDIS_QUEUE", ("--queue",), queue_kind, "", "Redis", "", "fila das tarefas, para BLPOP; vazio desliga"),
     setting("REDIS_PREFIX", ("-X", "--prefix"), name_kind, "ndjson_task_", "Redis", "", "prefixo da chave da tarefa"),
-    setting("REDIS_LIST_PREFIX", ("-L", "--list-prefix"), name_kind, "ndjson_list_", "Redis", "", "prefixo da lista"),
+    setting("REDIS_LIST_PREFIX", ("-L", "--list-prefix"), name_kind, "ndjson_list_", "Redis", "", "prefixo da lista das linhas"),
     setting("REDIS_TTL", ("--ttl",), integer(3, 31536000), "600", "Redis", "s", "validade das chaves, renovada em uso"),
-    setting("REDIS_WAKE", ("--wake",), switch_kind, "on", "Redis", "", "o Redis avisa qual chave mudou"),
-    setting("REDIS_REANNOUNCE", ("--reannounce",), switch_kind, "on", "Redis", "", "repete o anúncio não ouvido"),
+    setting("REDIS_WAKE", ("--wake",), switch_kind, "on", "Redis", "", "o Redis avisa qual chave mudou; off só consulta"),
+    setting("REDIS_REANNOUNCE", ("--reannounce",), switch_kind, "on", "Redis", "", "repete, a cada segundo, o anúncio que ninguém ouviu"),
     setting("INTERVAL", ("-i", "--interval"), integer(1, day), "200", "Tempos", "ms", "tempo entre duas consultas"),
     setting("PAUSE", ("-P", "--pause"), integer(0, day), "20", "Tempos", "ms", "pausa após cada linha; 0: em lotes"),
     setting("MAXTIME", ("-t", "--maxtime"), integer(1, day), "45000", "Tempos", "ms", "tempo máximo sem linha nova"),
     setting("MAXTIME_ERROR", ("-E", "--maxtime-error"), line_kind, '{"error": "timeout"}', "Tempos", "",
             "linha enviada quando MAXTIME se esgota"),
     setting("HEARTBEAT", ("--heartbeat",), integer(0, day), "0", "Tempos", "ms", "silêncio até HEARTBEAT_LINE; 0 desliga"),
-    setting("HEARTBEAT_LINE", ("--heartbeat-line",), line_kind, '{"type": "ping"}', "Tempos", "", "linha de HEARTBEAT"),
+    setting("HEARTBEAT_LINE", ("--heartbeat-line",), line_kind, '{"type": "ping"}', "Tempos", "", "linha que HEARTBEAT envia"),
     setting("DRAIN", ("--drain",), integer(0, day), "5000", "Tempos", "ms", "tempo dos streams quando o serviço para"),
-    setting("MAX_STREAMS", ("--max-streams",), integer(1, 100000), "4096", "Limites", "", "streams simultâneos"),
+    setting("MAX_STREAMS", ("--max-streams",), integer(1, 100000), "4096", "Limites", "", "streams simultâneos; além deles, 503"),
     setting("MAX_BODY", ("--max-body",), integer(0, 536870912), "16777216", "Limites", "bytes", "tamanho máximo do corpo"),
-    setting("REQUEST_TIMEOUT", ("--request-timeout",), integer(100, day), "30000", "Limites", "ms", "prazo da requisição"),
+    setting("REQUEST_TIMEOUT", ("--request-timeout",), integer(100, day), "30000", "Limites", "ms", "prazo para a requisição chegar inteira"),
     setting("METRICS_PORT", ("--metrics-port",), integer(0, 65535), "0", "Métricas", "", "porta das métricas; 0 desliga"),
-    setting("METRICS_HOST", ("--metrics-host",), host_kind, "127.0.0.1", "Métricas", "", "endereço das métricas"),
+    setting("METRICS_HOST", ("--metrics-host",), host_kind, "127.0.0.1", "Métricas", "", "endereço das métricas, sem senha"),
     setting("LOG_LEVEL", ("--log-level",), choice("debug", "info", "warning", "error"), "info", "Log", "", "nível do log"),
     setting("ENV_FILE", ("-f", "--env-file"), pattern(r"[^\x00:]+(:[^\x00:]+)*", "o caminho de um arquivo, ou de vários separados por :"),
             "/etc/py-ndjson-proxy.env", "Arquivo", "",

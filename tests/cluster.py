@@ -3,7 +3,6 @@ passam o lugar de uma tag uns aos outros."""
 
 import contextlib
 import re
-import threading
 
 import redis
 import redis.cluster
@@ -283,28 +282,22 @@ def prefixes(tag, queue=False):
     return pairs | ({"REDIS_QUEUE": f"{{{tag}}}_queue"} if queue else {})
 
 
-class pusher(threading.Thread):
+class pusher(support.pusher):
     """Worker de uma tarefa do cluster: numera as linhas, insiste em cada uma até que esteja lá uma vez, e acaba a tarefa."""
 
-    def __init__(self, group, task, total, pace):
-        """Começa a empurrar.
+    patience = 30
 
-        Argumentos:
-            group: o cluster.
-            task: a tarefa.
-            total: quantas linhas.
-            pace: intervalo entre linhas, em segundos.
-        """
-        super().__init__(name="pusher", daemon=True)
-        self.group, self.task, self.total, self.pace = group, task, total, pace
+    def __init__(self, group, task, total, pace):
+        """Começa a empurrar. Argumentos: group, o cluster; os demais, os de support.pusher."""
+        super().__init__(group, task, total, pace)
+        # Com a tag da tarefa.
         self.mark = f"{task.key}:marca"
-        self.number, self.halt = 0, threading.Event()
         self.start()
 
     def run(self):
         """Empurra tudo, abrindo outro cliente a cada falha."""
         while not self.halt.wait(0.02):
-            with contextlib.suppress(redis.RedisError), contextlib.closing(self.group.client()) as client:
+            with contextlib.suppress(redis.RedisError), contextlib.closing(self.server.client()) as client:
                 while self.number < self.total:
                     line = f'{{"n": {self.number}}}'
                     found = client.eval(push_script, 2, self.task.list, self.mark, self.number, line)
@@ -314,12 +307,6 @@ class pusher(threading.Thread):
                 client.delete(self.task.key)
                 client.delete(self.mark)
                 return
-
-    def close(self):
-        """Para e espera a linha de execução."""
-        self.halt.set()
-        self.join(30)
-        assert not self.is_alive()
 
 
 def lines_of(total):

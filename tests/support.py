@@ -240,6 +240,9 @@ class pusher(threading.Thread):
     continuar. Ao fim apaga a chave da tarefa e a marca.
     """
 
+    # Segundos, no máximo, até que pare.
+    patience = 10
+
     def __init__(self, server, task, total, pace):
         """Prepara o worker.
 
@@ -252,8 +255,7 @@ class pusher(threading.Thread):
         super().__init__(name="pusher", daemon=True)
         self.server, self.task, self.total, self.pace = server, task, total, pace
         self.mark = f"marca-{task.name}"
-        self.number = 0
-        self.halt = threading.Event()
+        self.number, self.halt = 0, threading.Event()
 
     def run(self):
         """Empurra tudo, refazendo a conexão quantas vezes for preciso."""
@@ -283,7 +285,7 @@ class pusher(threading.Thread):
     def close(self):
         """Para e espera a linha de execução."""
         self.halt.set()
-        self.join(10)
+        self.join(self.patience)
         assert not self.is_alive()
 
 
